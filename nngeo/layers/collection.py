@@ -1,0 +1,228 @@
+"""Which parameters span a space, in which order, with which shapes. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+LayerChoice = str | type[nn.Module]
+Predicate = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that owns parameters: its name in the model, its class, and the shapes of what it owns."""
+
+    name: str
+    kind: str  # the class name, for messages
+    shapes: dict[str, torch.Size] = field(hash=False)  # local parameter name -> shape, in the module's order
+
+    def numel(self) -> int:
+        """The number p of its parameters."""
+        return sum(self.sizes())
+
+    def sizes(self) -> list[int]:
+        """The number of entries of each of its parameters."""
+        return [prod(shape) for shape in self.shapes.values()]
+
+    def full_name(self, local: str) -> str:
+        """The parameter's name in the model: `"net.0" + "weight" -> "net.0.weight"`."""
+        return f"{self.name}.{local}" if self.name else local
+
+
+class LayerCollection:
+    """The layers that span a parameter space, and the order of its P coordinates.
+
+    Coordinates follow `model.named_parameters()`: layer by layer, each parameter flattened row by row.
+    A parameter that two modules share belongs to the first of them.
+
+    >>> model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    >>> layers = LayerCollection.from_model(model)
+    >>> layers
+    LayerCollection(11 parameters: '0' Linear (8), '2' Linear (3))
+    >>> [name for name, _ in layers.named_parameters(model)]
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+
+    def __init__(self, layers: Iterable[Layer] | Mapping[str, Layer] | None = None):
+        values = layers.values() if isinstance(layers, Mapping) else layers or ()
+        self.layers: dict[str, Layer] = {layer.name: layer for layer in values}
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        layers: LayerChoice | Iterable[LayerChoice] | Predicate | None = None,
+        *,
+        frozen: bool = False,
+    ) -> LayerCollection:
+        """The layers of a model, or those of them that `layers` chooses.
+
+        Args:
+            layers: names (of a layer, or of a module that contains layers), module types, a mixture of both,
+                or a predicate `(name, module) -> bool`. None takes all.
+            frozen: whether parameters with `requires_grad=False` are taken, too.
+
+        Raises:
+            ValueError: a name or type that chooses nothing (the layers there are, are listed), or no layer left.
+        """
+        owners = [(module, layer) for module, layer in _owners(model, frozen) if layer.shapes]
+        chosen = [layer for _, layer in owners] if layers is None else _choose(owners, layers)
+        if not chosen:
+            hint = "" if frozen else " that require a gradient; pass `frozen=True` for the others"
+            raise ValueError(f"{type(model).__name__} has no parameters{hint}.")
+        return cls(chosen)
+
+    def add_layer(self, layer: Layer) -> None:
+        """Append a layer: its coordinates come last."""
+        self.layers[layer.name] = layer
+
+    def add_layer_from_model(self, model: nn.Module, module: nn.Module) -> None:
+        """Append the layer of one module of the model."""
+        found = [layer for owner, layer in _owners(model, frozen=True) if owner is module]
+        if not found:
+            raise ValueError(f"This {type(module).__name__} owns no parameters of the model, or is not part of it.")
+        self.add_layer(found[0])
+
+    def numel(self) -> int:
+        """The number P of parameters."""
+        return sum(layer.numel() for layer in self.layers.values())
+
+    @property
+    def p_pos(self) -> dict[str, int]:
+        """The first coordinate of every layer."""
+        positions, start = {}, 0
+        for name, layer in self.layers.items():
+            positions[name] = start
+            start += layer.numel()
+        return positions
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters in the model, in order."""
+        return [layer.full_name(local) for layer in self.layers.values() for local in layer.shapes]
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """(..., P) -> {layer name: (..., p)}, as views."""
+        sizes = [layer.numel() for layer in self.layers.values()]
+        return dict(zip(self.layers, flat.split(sizes, dim=-1), strict=True))
+
+    def split_layer(self, name: str, flat: Tensor) -> dict[str, Tensor]:
+        """(..., p) of one layer -> {local parameter name: (..., *shape)}, as views where the memory allows."""
+        layer = self.layers[name]
+        pieces = flat.split(layer.sizes(), dim=-1)
+        return {
+            local: piece.reshape((*piece.shape[:-1], *shape))
+            for (local, shape), piece in zip(layer.shapes.items(), pieces, strict=True)
+        }
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """{layer name: (..., p)} -> (..., P)."""
+        return torch.cat([parts[name] for name in self.layers], -1)
+
+    def named_parameters(self, model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of a model (or of `get_layerid_module_map(model)`), in the order of the coordinates."""
+        modules = model if isinstance(model, Mapping) else self.get_layerid_module_map(model)
+        for name, layer in self.layers.items():
+            for local in layer.shapes:
+                yield layer.full_name(local), modules[name].get_parameter(local)
+
+    def parameters(self, model: nn.Module | Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
+        """The parameters of a model, in the order of the coordinates."""
+        for _, parameter in self.named_parameters(model):
+            yield parameter
+
+    def get_layerid_module_map(self, model: nn.Module) -> dict[str, nn.Module]:
+        """{layer name: module}, with a check that the model has these layers in these shapes."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, layer in self.layers.items():
+            own = dict(modules[name].named_parameters()) if name in modules else {}
+            for local, shape in layer.shapes.items():
+                if local not in own or own[local].shape != shape:
+                    found = f"shape {tuple(own[local].shape)}" if local in own else "none"
+                    raise ValueError(
+                        f"This LayerCollection is of another model: parameter {layer.full_name(local)!r} should have "
+                        f"shape {tuple(shape)}; {type(model).__name__} has {found}. "
+                        "Make one with LayerCollection.from_model(model)."
+                    )
+        return {name: modules[name] for name in self.layers}
+
+    def covers(self, other: LayerCollection) -> bool:
+        """Whether every layer of the other is here, with the same shapes."""
+        return all(self.layers.get(name) == layer for name, layer in other.layers.items())
+
+    def get_common_layers(self, other: LayerCollection) -> list[Layer]:
+        """The layers that both have."""
+        return [layer for name, layer in self.layers.items() if other.layers.get(name) == layer]
+
+    def merge(self, other: LayerCollection) -> LayerCollection:
+        """A collection of the layers that both have."""
+        return LayerCollection(self.get_common_layers(other))
+
+    def __getitem__(self, name: str) -> Layer:
+        return self.layers[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerCollection) and list(self.layers.items()) == list(other.layers.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple((layer.name, *layer.shapes.items()) for layer in self.layers.values()))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{layer.name!r} {layer.kind} ({layer.numel()})" for layer in self.layers.values())
+        return f"LayerCollection({self.numel()} parameters: {shown})"
+
+
+def _owners(model: nn.Module, frozen: bool) -> Iterator[tuple[nn.Module, Layer]]:
+    """Every module with the layer it forms: the parameters that it owns itself and no earlier module owns.
+
+    The parametrizations of a module without other children (weight norm, say) are its own parameters.
+    """
+    seen: set[int] = set()
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        whole = parametrize.is_parametrized(module) and list(dict(module.named_children())) == ["parametrizations"]
+        if whole:
+            inside.update(module.modules())
+        shapes = {}
+        for local, parameter in module.named_parameters(recurse=whole):
+            if id(parameter) not in seen and (frozen or parameter.requires_grad):
+                shapes[local] = parameter.shape
+            seen.add(id(parameter))
+        kind = type(module).__mro__[1].__name__ if whole else type(module).__name__
+        yield module, Layer(name, kind, shapes)
+
+
+def _choose(owners: list[tuple[nn.Module, Layer]], layers: object) -> list[Layer]:
+    if callable(layers) and not isinstance(layers, type):
+        return [layer for module, layer in owners if layers(layer.name, module)]
+    choices = [layers] if isinstance(layers, str | type) else list(layers)  # type: ignore[call-overload]
+    chosen = set()
+    for choice in choices:
+        if isinstance(choice, str):
+            names = {la.name for _, la in owners if la.name == choice or la.name.startswith(f"{choice}.") or not choice}
+        elif isinstance(choice, type):
+            names = {layer.name for module, layer in owners if isinstance(module, choice)}
+        else:
+            raise TypeError(f"`layers` holds {choice!r}; give names, module types, or one predicate (name, module).")
+        if not names:
+            known = ", ".join(f"{layer.name!r} ({layer.kind})" for _, layer in owners)
+            raise ValueError(f"`layers` names {choice!r}, which no layer with parameters is; there are {known}.")
+        chosen |= names
+    return [layer for _, layer in owners if layer.name in chosen]

@@ -1,0 +1,87 @@
+"""Convolutions: one matrix applied to every patch of the padded input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nngeo.layers.rule import LinearMapRule, register_rule
+
+
+def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """(b, c, *space) -> (b, c, *positions, *kernel), a view."""
+    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
+    return x
+
+
+class ConvolutionRule(LinearMapRule):
+    """Convolutions over any number of axes; grouped ones are n maps side by side."""
+
+    def groups(self, module):
+        return module.groups
+
+    def windows(self, module: Any, x: Tensor) -> Tensor:
+        """(b, c, *space) -> (b, c, *positions, *kernel)."""
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        pads = _padding(module)
+        return patches(F.pad(x, pads, mode) if any(pads) else x, module.kernel_size, module.stride, module.dilation)
+
+    def inputs(self, module, x):
+        b, m, c = x.shape[:3]
+        n, space = module.groups, len(module.kernel_size)
+        windows = self.windows(module, x.flatten(0, 1))
+        windows = windows.flatten(2, 1 + space).flatten(3)  # (b m, c, t, kernel)
+        windows = windows.reshape(b, m, n, c // n, *windows.shape[2:])
+        return windows.permute(2, 0, 1, 4, 3, 5).reshape(n, b, m * windows.shape[4], -1)
+
+    def outgrads(self, module, g):
+        k, b, m, c = g.shape[:4]
+        n = module.groups
+        g = g.reshape(k, b, m, n, c // n, -1)
+        return g.permute(3, 0, 1, 2, 5, 4).flatten(3, 4)
+
+
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvRule(ConvolutionRule):
+    """Convolutions with any stride, padding, padding_mode, dilation and groups."""
+
+
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class ConvTransposeRule(ConvolutionRule):
+    """Transposed convolutions: a convolution, by the mirrored kernel, of the input with zeros between its entries."""
+
+    transposed = True
+
+    def kernel(self, module):
+        return torch.Size(module.kernel_size).numel()
+
+    def windows(self, module, x):
+        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+        sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
+        spread = x.new_zeros(*x.shape[:2], *sizes)
+        spread[(..., *(slice(None, None, step) for step in stride))] = x
+        pads: list[int] = []
+        for size, step, pad, extra in zip(kernel, dilation, module.padding, module.output_padding, strict=True):
+            margin = (size - 1) * step - pad
+            pads = [margin, margin + extra, *pads]
+        axes = tuple(range(-len(kernel), 0))
+        return patches(F.pad(spread, pads), kernel, (1,) * len(kernel), dilation).flip(axes)
+
+
+def _padding(module: Any) -> list[int]:
+    """The arguments of F.pad, last axis first."""
+    pads: list[int] = []
+    for axis, (size, spread) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
+        if module.padding == "same":
+            total = (size - 1) * spread
+            pads = [total // 2, total - total // 2, *pads]
+        elif module.padding == "valid":
+            pads = [0, 0, *pads]
+        else:
+            pads = [module.padding[axis]] * 2 + pads
+    return pads

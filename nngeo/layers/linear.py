@@ -1,0 +1,25 @@
+"""Linear layers, on any number of axes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nngeo.layers.rule import LinearMapRule, register_rule
+
+
+@register_rule(nn.Linear)
+class LinearRule(LinearMapRule):
+    """`out[..., :] = W in[..., :] + bias`; all axes between the example and the features are positions."""
+
+    def inputs(self, module, x):
+        return x.flatten(1, -2)[None]
+
+    def outgrads(self, module, g):
+        return g.flatten(2, -2)[None]
+
+
+@register_rule("transformers.pytorch_utils.Conv1D")
+class TransposedLinearRule(LinearRule):
+    """The layer of GPT-2: a Linear whose weight is stored (i, o)."""
+
+    transposed = True

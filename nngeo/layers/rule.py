@@ -1,0 +1,163 @@
+"""How a layer's inputs x and output gradients g become gradients by parameter, one family of layers at a time.
+
+x and g come example by example: x (b, ...) and g (k, b, ...), where `...` is what the module sees, or returns, when it
+is called on one example, its batch axis included. That axis has size 1, or m where a model folds m positions of an
+example into the batch, as in `x.reshape(b * m, d)`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nngeo.layers.collection import Layer
+from nngeo.linalg.outer import MatrixView, OuterProducts, SelectedProducts
+
+Names = Mapping[str, str]  # parameter name in the called module -> parameter name in the layer
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients (k, b, p) by the parameters of one layer, from one call of one module.
+
+    Either as factors, seen through a MatrixView, or as a function that computes them.
+    """
+
+    view: MatrixView | None
+    products: OuterProducts | SelectedProducts | None
+    compute: Callable[[], Tensor] | None = None
+
+    def dense(self) -> Tensor:
+        """(k, b, p)."""
+        if self.compute is not None:
+            return self.compute()
+        assert self.view is not None and self.products is not None
+        return self.view.to_flat(self.products.dense())
+
+
+class LayerRule(ABC):
+    """Parameter gradients of one kind of layer."""
+
+    parameters: tuple[str, ...] = ("weight", "bias")
+
+    def serves(self, module: Any) -> bool:
+        """Whether the module's parameters are those that the rule knows, and really are parameters."""
+        own = [name for name, p in module._parameters.items() if p is not None]
+        return all(name in self.parameters for name in own) and "weight" in own
+
+    @abstractmethod
+    def gradients(self, module: Any, x: Tensor, g: Tensor, layer: Layer, names: Names) -> Gradients:
+        """Gradients by the layer's parameters from one call, x (b, ...) and g (k, b, ...)."""
+
+
+class LinearMapRule(LayerRule):
+    """Layers that apply one matrix at every position: `out[b, t] = W in[b, t] + bias`.
+
+    A subclass brings inputs and gradients to that form. Everything Kronecker follows from it.
+    """
+
+    transposed = False
+
+    @abstractmethod
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        """Inputs (n, b, t, i), without the column of ones."""
+
+    @abstractmethod
+    def outgrads(self, module: Any, g: Tensor) -> Tensor:
+        """Output gradients (n, k, b, t, o)."""
+
+    def groups(self, module: Any) -> int:
+        """The number n of maps side by side."""
+        return 1
+
+    def kernel(self, module: Any) -> int:
+        """For transposed weights, stored (i / kernel, o, kernel)."""
+        return 1
+
+    def view(self, module: Any, layer: Layer) -> MatrixView:
+        """How the layer's parameters are a matrix."""
+        n, size, shape = self.groups(module), self.kernel(module), module.weight.shape
+        rows, columns = (shape[1], shape[0] // n * size) if self.transposed else (shape[0] // n, shape[1:].numel())
+        owned = columns if "weight" in layer.shapes else 0
+        return MatrixView(n, rows, owned, "bias" in layer.shapes, self.transposed, size)
+
+    def gradients(self, module, x, g, layer, names):
+        view, owned = self.view(module, layer), {names[name] for name in names}
+        a = self.inputs(module, x)[..., : view.columns]
+        a = a if "weight" in owned else torch.zeros_like(a)
+        # The bias is the weight of a constant input: 1, or 0 where this call's bias is another layer's.
+        a = F.pad(a, (0, 1), value=float("bias" in owned)) if view.bias else a
+        return Gradients(view, OuterProducts(a, self.outgrads(module, g)))
+
+    def nothing(self, module: Any, layer: Layer, k: int, b: int, like: Tensor) -> Gradients:
+        """Zero gradients, for a layer that is not called."""
+        view = self.view(module, layer)
+        n, o, i = view.shape
+        return Gradients(view, OuterProducts(like.new_zeros(n, b, 1, i), like.new_zeros(n, k, b, 1, o)))
+
+
+class ScaleRule(LayerRule):
+    """Layers that scale a normalized input: `out = weight * normalized(x) + bias`."""
+
+    @abstractmethod
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
+        """The layer without weight and bias, on a batch (b, ...)."""
+
+    @abstractmethod
+    def positions(self, module: Any, tensor: Tensor) -> Tensor:
+        """(k, b, m, *output of the layer) -> (k, b, t, entries of the weight)."""
+
+    def gradients(self, module, x, g, layer, names):
+        def compute() -> Tensor:
+            scaled = self.normalized(module, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            parts = {"weight": g * scaled, "bias": g}
+            sums = {names[name]: self.positions(module, parts[name]).sum(-2) for name in names}
+            return assemble(layer, sums, g.shape[:2], g)
+
+        return Gradients(None, None, compute)
+
+
+def assemble(layer: Layer, parts: Mapping[str, Tensor], lead: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+    """{parameter: (*lead, ...)} -> (*lead, p) in the layer's order, zero for parameters that are not there."""
+    pieces = [
+        parts[local].reshape(*lead, size) if local in parts else like.new_zeros(*lead, size)
+        for local, size in zip(layer.shapes, layer.sizes(), strict=True)
+    ]
+    return torch.cat(pieces, -1)
+
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+_RULES_BY_NAME: dict[str, LayerRule] = {}
+
+
+def register_rule(*module_types: type[nn.Module] | str) -> Callable[[type[LayerRule]], type[LayerRule]]:
+    """Let a rule serve these module types, given as classes or, where importing them costs, as "package.module.Class".
+
+    The rule is used for subclasses, too, as long as they keep `forward`. Every fast rule is compared with autograd on
+    the first examples of a sweep, so a rule that does not fit a layer is found out and passed over.
+    """
+
+    def register(rule: type[LayerRule]) -> type[LayerRule]:
+        for kind in module_types:
+            if isinstance(kind, str):
+                _RULES_BY_NAME[kind] = rule()
+            else:
+                _RULES[kind] = rule()
+        return rule
+
+    return register
+
+
+def rule_for(module: nn.Module) -> LayerRule | None:
+    """The rule of the module's type, or of a parent type whose `forward` it has not replaced; None without one."""
+    for kind in type(module).__mro__:
+        rule = _RULES.get(kind) or _RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+        if rule is not None and type(module).forward is getattr(kind, "forward", None) and rule.serves(module):
+            return rule
+    return None
