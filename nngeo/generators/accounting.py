@@ -1,0 +1,234 @@
+"""Every use of a parameter is accounted for: the plan of a sweep, found by comparison with autograd.
+
+On two examples random cotangents are pulled through the rules, layer by layer, and compared with what autograd says,
+for each example apart. A layer that differs (its weight is also used by a parent, by another layer, by a function; its
+examples are folded into the batch in another order; ...) moves on to its next candidate source, at last to the whole
+function, run again example by example. What differs even there is refused by name.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from nngeo.generators.batches import Batch, Function
+from nngeo.generators.outputs import tensor_of
+from nngeo.generators.recording import Layouts, Plan, Recording, Shared
+from nngeo.generators.sources import Source, candidates, uses_of
+from nngeo.generators.untouched import untouched
+from nngeo.generators.watch import Layout, watch
+from nngeo.layers.collection import LayerCollection
+
+_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+
+
+def plan_for(
+    model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch, check: bool = True
+) -> Plan:
+    """The plan of a sweep, remembered for the structure of the model.
+
+    Raises:
+        ValueError: the examples of a batch influence each other, or the model draws random numbers.
+        NotImplementedError: gradients of a layer can't be computed; the layer is named.
+    """
+    known = _PLANS.setdefault(model, {})
+    reference = None if function is None else weakref.ref(function)
+    key = (check, _signature(model, layers, batch), reference)
+    if key not in known:
+        for old in [old for old in known if old[-1] is not None and old[-1]() is None]:
+            del known[old]  # of a function that is gone
+        known[key] = _Accounting(model, function, layers, batch).plan(check)
+    return known[key]
+
+
+# Which examples each cotangent of the check reaches. There are three, so that no axis is mistaken for another.
+_REACH = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+
+
+class _Accounting:
+    def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch):
+        self.model, self.function, self.layers = model, function, layers
+        index = torch.arange(min(batch.size, 2))
+        self.pair, self.one = batch.examples(index.expand(2) if len(index) == 1 else index), batch.examples(index[:1])
+        if self.pair.size != 2:
+            self.pair = batch.examples(torch.zeros(2, dtype=torch.long))
+        self.uses = uses_of(model, layers)
+        self.errors: dict[str, Exception] = {}
+        self.unused: list[str] = []
+
+    def plan(self, check: bool) -> Plan:
+        choices = {name: self._candidates(name) for name in self.layers}
+        layouts = self._layouts()
+        plan = Plan(self.uses, {name: next(choices[name]) for name in self.layers}, layouts)
+        if not check:
+            return plan
+        self.outputs, self.c, self.truth = self._truth()
+        plan.batched, plan.unused = self._can_batch(plan), self.unused
+        pending = list(self.layers)
+        while pending:
+            pending = self._wrong(plan, pending)
+            for name in pending:
+                plan.sources[name] = self._next(name, choices[name], plan)
+        return plan
+
+    def _candidates(self, name: str) -> Iterator[Source]:
+        return candidates(self.layers[name], self.uses[name], self.model)
+
+    def _next(self, name: str, choices: Iterator[Source], plan: Plan) -> Source:
+        before = plan.sources[name]
+        if not before.fast and before.vectorized and name in self.errors:
+            return Source(before.hosts, False, before.position_major, before.added, vectorized=False)
+        for source in choices:
+            if self._applies(source, plan.layouts):
+                return source
+        kind = self.layers[name].kind
+        raise NotImplementedError(
+            f"Gradients of single examples by the parameters of layer {name!r} ({kind}) can't be computed: run one by "
+            "one, the examples give other gradients than in a batch, where they influence each other (normalization "
+            "over the batch?), or the layer can't be run again. Leave it out by `layer_collection="
+            "LayerCollection.from_model(model, layers=...)`."
+        ) from self.errors.get(name)
+
+    def _applies(self, source: Source, layouts: Layouts) -> bool:
+        """Whether a source can give anything else than the ones before it."""
+        calls = [call for host in source.hosts for call in layouts[host]]
+        if source.position_major:
+            return any(layout.folded for call in calls for layout in call[1])
+        if source.added:
+            return any(layout.axis is None for call in calls for layout in call[1])
+        return not source.hosts or bool(calls)
+
+    def _run(self, batch: Batch) -> Tensor:
+        with untouched(self.model), torch.enable_grad():
+            return tensor_of(batch.run(self.model, self.function))
+
+    def _layouts(self) -> Layouts:
+        """Where the examples are: the axis that doubles when one example becomes two."""
+        names = [name for name, _ in self.model.named_modules()]
+        shapes = []
+        for batch in (self.one, self.pair):
+            with watch(self.model, names, batch.size) as seen:
+                self._run(batch)
+            shapes.append(seen.calls)
+        one, two = shapes
+        return {
+            name: [
+                (
+                    [_layout(s, t) for s, t in zip(first.arguments, second.arguments, strict=False)],
+                    [_layout(s, t) for s, t in zip(first.returned, second.returned, strict=False)],
+                )
+                for first, second in zip(one[name], two[name], strict=False)
+            ]
+            for name in names
+        }
+
+    def _truth(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Outputs, cotangents (3, 2, ...) that reach one example or both, gradients {layer: (2, p)} by autograd."""
+        parameters = dict(self.layers.named_parameters(self.model))
+        before = torch.get_rng_state()
+        with untouched(self.model):
+            for p in parameters.values():
+                p.requires_grad_()
+            outputs = self._run(self.pair)
+            if not torch.equal(before, torch.get_rng_state()):
+                raise ValueError(
+                    "The model draws random numbers when it runs (functional dropout? sampling?), so its gradients are "
+                    "not defined. Call model.eval(), or make `function=` deterministic."
+                )
+            self._check_axis(outputs)
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(outputs.shape, generator=generator).to(outputs)
+            c = torch.stack([noise] * 3) * _REACH.to(noise).view(3, 2, *[1] * (outputs.ndim - 1))
+            rows = [self._autograd(outputs, list(parameters.values()), row) for row in c[:2]]
+        grads = {name: torch.stack(pair) for name, pair in zip(parameters, zip(*rows, strict=True), strict=True)}
+        truth = {}
+        for name, layer in self.layers.layers.items():
+            parts = [grads[layer.full_name(local)].reshape(2, -1) for local in layer.shapes]
+            truth[name] = torch.cat(parts, 1)
+        return outputs.detach(), c, truth
+
+    def _check_axis(self, outputs: Tensor) -> None:
+        with torch.no_grad():
+            one = self._run(self.one)
+        if outputs.ndim == 0 or len(outputs) != 2 or len(one) != 1:
+            raise ValueError(
+                f"Outputs have shape {tuple(one.shape)} for one example and {tuple(outputs.shape)} for two: the first "
+                "axis should be the batch. Bring it there by `function=`, for example "
+                "function=lambda x, y: model(x).transpose(0, 1)."
+            )
+
+    def _autograd(self, outputs: Tensor, parameters: list[nn.Parameter], c: Tensor) -> list[Tensor]:
+        found: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if outputs.requires_grad:
+            found = torch.autograd.grad(outputs, parameters, c, retain_graph=True, allow_unused=True)
+        self.unused = [name for name, g in zip(self.layers.names, found, strict=True) if g is None]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+    def _can_batch(self, plan: Plan) -> bool:
+        """Whether the backward pass can be vectorised; if not, cotangents are pulled one by one."""
+        try:
+            Recording(self.model, self.function, self.layers, plan, self.pair).pull(self.c, retain=False)
+        except RuntimeError as error:
+            self.errors["backward"] = error
+            return False
+        return True
+
+    def _wrong(self, plan: Plan, pending: list[str]) -> list[str]:
+        """The layers whose gradients differ from autograd's."""
+        self.errors = {}
+        partial = Plan(plan.uses, {name: plan.sources[name] for name in pending}, plan.layouts, plan.batched)
+        layers = LayerCollection(self.layers[name] for name in pending)
+        changed = [name for name in pending if plan.sources[name].added]
+        try:
+            recording = Recording(self.model, self.function, layers, partial, self.pair)
+            same = torch.allclose(recording.outputs, self.outputs, rtol=1e-3, atol=1e-5)
+        except Exception as error:
+            if not changed:
+                raise
+            # The rest of the model can't do with outputs that have an axis of examples.
+            same, self.errors = False, dict.fromkeys(changed, error)
+        if changed and not same:
+            rest = [name for name in pending if name not in changed]
+            return changed + (self._wrong(plan, rest) if rest else [])
+        grads, shared = recording.pull(self.c, retain=False), Shared()
+        return [name for name in pending if not self._agrees(recording, name, grads, shared)]
+
+    def _agrees(self, recording: Recording, name: str, grads: dict, shared: Shared) -> bool:
+        try:
+            found = recording.record_of(name, grads, self.c, shared).jacobian()
+        except Exception as error:  # whatever a module raises when it is run in a way it was not made for
+            self.errors[name] = error
+            return False
+        own = self.truth[name].to(found)  # (2, p)
+        want = own * _REACH.to(found)[..., None]
+        precision = torch.finfo(self.outputs.dtype).eps
+        everything = max(float(g.abs().max()) for g in self.truth.values() if g.numel())
+        tolerance = (
+            min(10 * precision**0.5, 0.1) * float(own.norm()) + 1e3 * precision * everything * own.numel() ** 0.5
+        )
+        return bool((found - want).norm() <= tolerance)
+
+
+def _layout(one: Any, two: Any) -> Layout:
+    """The layout of a leaf, from its value (or shape) with one and with two examples."""
+    one, two = (leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in (one, two))
+    return Layout.between(one, two) if isinstance(one, torch.Size) and isinstance(two, torch.Size) else Layout(None)
+
+
+def _signature(model: nn.Module, layers: LayerCollection, batch: Batch) -> tuple:
+    """What the plan depends on; equal for equal structures."""
+    leaves, structure = tree_flatten(batch.content)
+    shapes = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+    ids = {id(p): name for name, p in model.named_parameters()}
+    modules = []
+    for name, module in model.named_modules():
+        simple = tuple((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str))
+        called = id(vars(module).get("forward"))
+        own = tuple((k, ids[id(p)], p.shape, p.requires_grad) for k, p in module._parameters.items() if p is not None)
+        modules.append((name, type(module), simple, called, own))
+    return layers, tuple(modules), str(structure), shapes

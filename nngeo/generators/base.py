@@ -1,0 +1,70 @@
+"""What a matrix asks of the thing that runs the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeo.generators.batches import Function
+from nngeo.generators.record import BatchRecord
+from nngeo.layers.collection import LayerCollection
+
+
+class Generator(ABC):
+    """Runs the model on examples. Tensors in and out are flat, in the order of the LayerCollection."""
+
+    model: nn.Module
+    function: Function | None
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of results: the model's, or float32 for half precision."""
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+    @abstractmethod
+    def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
+        """F v (P,), without F."""
+
+    @abstractmethod
+    def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
+        """F (P, P), and the number of examples."""
+
+    @abstractmethod
+    def diagonal_blocks(self, examples: Any, layer_collection: LayerCollection) -> tuple[dict[str, Tensor], int]:
+        """The diagonal blocks (p, p) of F by layer, and the number of examples."""
+
+    @abstractmethod
+    def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
+        """Per-layer gradients of mini-batches; NotImplementedError where the matrix is no sum of their squares."""
+
+
+def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The device of the model, which is where batches go; raises if `device` is another one, or there are several."""
+    devices = {p.device for p in model.parameters()}
+    if not devices:
+        raise ValueError(f"{type(model).__name__} has no parameters.")
+    if len(devices) > 1:
+        raise ValueError(f"The model's parameters are on {len(devices)} devices ({', '.join(map(str, devices))}).")
+    (own,) = devices
+    asked = own if device is None else torch.device(device)
+    if asked.type != own.type or (asked.index is not None and asked.index != own.index):
+        raise ValueError(f"device={str(device)!r}, but the model is on {own}: move it there, or leave `device` out.")
+    return own
+
+
+def dtype_is_one(model: nn.Module, layers: LayerCollection) -> None:
+    """Raise if the layers' parameters have several dtypes."""
+    dtypes = {p.dtype: name for name, p in layers.named_parameters(model)}
+    if len(dtypes) > 1:
+        found = ", ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
+        raise ValueError(f"The parameters have several dtypes ({found}); bring them to one by model.to(dtype).")

@@ -1,0 +1,139 @@
+"""Whatever holds the examples (a loader, an iterable, one batch, a dict) as a sequence of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+Function = Callable[..., Any]
+TARGET_KEYS = ("labels", "label", "target", "targets")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One mini-batch: what the model is called with, and the targets.
+
+    A tuple or list holds inputs first and targets after them; a dict holds the model's keyword arguments, and the
+    targets under "labels" (or "label", "target", "targets").
+    """
+
+    content: tuple | dict[str, Any]
+
+    @classmethod
+    def of(cls, content: Any) -> Batch:
+        """From a tensor, a tuple or list, or a dict-like object."""
+        if isinstance(content, Tensor):
+            return cls((content,))
+        if isinstance(content, Mapping):
+            return cls(dict(content))
+        if isinstance(content, tuple | list) and content:
+            return cls(tuple(content))
+        raise TypeError(
+            f"A batch is a {type(content).__name__}; it should be a tensor, a tuple (inputs, targets), "
+            "or a dict of the model's keyword arguments."
+        )
+
+    @property
+    def targets(self) -> tuple:
+        """What follows the inputs."""
+        if isinstance(self.content, dict):
+            return tuple(self.content[key] for key in TARGET_KEYS if key in self.content)[:1]
+        return self.content[1:]
+
+    @property
+    def inputs(self) -> tuple | dict[str, Any]:
+        """What the default function gives to the model."""
+        if isinstance(self.content, dict):
+            return {key: value for key, value in self.content.items() if key not in TARGET_KEYS}
+        return self.content[:1]
+
+    @property
+    def size(self) -> int:
+        """The number of examples: the length of the first tensor."""
+        for leaf in tree_flatten(self.content)[0]:
+            if isinstance(leaf, Tensor) and leaf.ndim:
+                return len(leaf)
+        raise ValueError("A batch holds no tensor with an example axis; its examples can't be counted.")
+
+    def to(self, device: torch.device) -> Batch:
+        """All tensors on a device."""
+        return Batch(tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, self.content))
+
+    def examples(self, index: Tensor) -> Batch:
+        """The batch that holds these examples only."""
+        size = self.size
+
+        def take(leaf: Any) -> Any:
+            with_examples = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size
+            return leaf[index.to(leaf.device)] if with_examples else leaf
+
+        return Batch(tree_map(take, self.content))
+
+    def run(self, model: nn.Module, function: Function | None) -> Any:
+        """`function(*batch)`, or the model on the inputs."""
+        if function is not None:
+            return function(self.content) if isinstance(self.content, dict) else function(*self.content)
+        inputs = self.inputs
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+    def mask(self, mask: Callable[[Any], Tensor] | str) -> Tensor:
+        """Which positions count: by a function of the batch, or by its key."""
+        if callable(mask):
+            return mask(self.content).bool()
+        if not isinstance(self.content, dict):
+            raise TypeError(f"mask={mask!r} is a key, but the batches are tuples; give a function of the batch.")
+        if mask not in self.content:
+            raise ValueError(f"mask={mask!r} is no key of the batch; it has {', '.join(map(repr, self.content))}.")
+        return self.content[mask].bool()
+
+
+class Examples:
+    """Batches that can be iterated again, with the number of examples if it is known beforehand.
+
+    Args:
+        source: a DataLoader or any iterable of batches, or one batch: a tensor, a tuple (or a list of tensors only),
+            or a dict.
+    """
+
+    def __init__(self, source: Any):
+        self.source: Any = source.source if isinstance(source, Examples) else source
+        source = self.source
+        self.single = isinstance(source, Tensor | Mapping) or (
+            isinstance(source, tuple | list) and len(source) > 0 and all(isinstance(part, Tensor) for part in source)
+        )
+        if not self.single and not isinstance(source, Iterable):
+            raise TypeError(
+                f"`loader` is a {type(source).__name__}; give a DataLoader, any iterable of batches, "
+                "or one batch: a tensor, a tuple of tensors, or a dict."
+            )
+
+    @property
+    def once(self) -> bool:
+        """Whether the batches can be iterated only once."""
+        return not self.single and iter(self.source) is self.source
+
+    def total(self) -> int | None:
+        """The number of examples, where the source can tell without being iterated (an upper bound)."""
+        if self.single:
+            return Batch.of(self.source).size
+        dataset = getattr(self.source, "dataset", None)
+        try:
+            return len(dataset)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    def __iter__(self) -> Iterator[Batch]:
+        empty = True
+        for content in [self.source] if self.single else self.source:
+            empty = False
+            batch = Batch.of(content)
+            if batch.size == 0:
+                raise ValueError("A batch holds no examples (its first tensor has length 0); leave it out.")
+            yield batch
+        if empty:
+            raise ValueError("`loader` gave no batches: it is empty, or an iterator that was used up before.")

@@ -1,0 +1,146 @@
+"""The only data sweep of the library: examples in, per-layer records out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nngeo.generators.accounting import plan_for
+from nngeo.generators.base import Generator, device_of, dtype_is_one
+from nngeo.generators.batches import Batch, Function
+from nngeo.generators.linearized import linearized
+from nngeo.generators.outputs import check_mode, check_outputs
+from nngeo.generators.record import BatchRecord
+from nngeo.generators.recording import Recording
+from nngeo.generators.sweeps import Sweeps
+from nngeo.layers.collection import LayerCollection
+from nngeo.variants import Cotangents, Estimator
+
+# Elements of gradients at the layers' outputs that one backward pass may hold: 2**23 are 32 MiB in float32.
+BUDGET = 2**23
+
+
+class JacobianGenerator(Generator):
+    """Runs a model on mini-batches and pulls cotangents back to its layers.
+
+    Args:
+        function: replaces `model(batch[0])`, or `model(**batch)` for dict batches; it is called as `function(*batch)`,
+            or `function(batch)` with a dict.
+        mask: which positions count, as a function of the batch or a key of a dict batch. By default, with token
+            outputs, the "attention_mask" of a dict batch.
+        n_output: the number of outputs to expect.
+        check: whether the rules are compared with autograd on the first examples (see `accounting`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        estimator: Estimator,
+        function: Function | None = None,
+        *,
+        device: torch.device | str | None = None,
+        mask: Callable[[Any], Tensor] | str | None = None,
+        n_output: int | None = None,
+        check: bool = True,
+        verbose: bool = False,
+    ):
+        self.model, self.estimator, self.function = model, estimator, function
+        self.mask, self.n_output, self.check, self.verbose = mask, n_output, check, verbose
+        device_of(model, device)
+        self._sweeps = Sweeps()
+
+    def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
+        """Records of every mini-batch, in chunks of cotangents where all would not fit.
+
+        Costs a forward for each mini-batch and a backward for each cotangent, both without gradients by weights.
+        """
+        dtype_is_one(self.model, layer_collection)
+        warned = False
+        for batch in self._batches(examples):
+            plan = plan_for(self.model, self.function, layer_collection, batch, self.check)
+            if plan.unused and not warned:
+                warned = True
+                warnings.warn(
+                    f"The outputs do not depend on {', '.join(plan.unused)}: their gradients are zero. "
+                    "Leave them out by `layer_collection=LayerCollection.from_model(model, layers=...)`.",
+                    stacklevel=2,
+                )
+            recording = Recording(self.model, self.function, layer_collection, plan, batch)
+            c = self._cotangents(recording.outputs.detach(), batch)
+            step = max(1, BUDGET // max(1, recording.elements()))
+            for start in range(0, c.count, step):
+                stop = min(start + step, c.count)
+                yield recording.records(c.chunk(start, stop), first=start == 0, retain=stop < c.count)
+
+    def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
+        """F v (P,): for each mini-batch J v, the metric at the outputs, and the pull-back; about two gradients."""
+        total, n = torch.zeros_like(v), 0
+        for batch in self._batches(examples):
+            at = linearized(self.model, self.function, layer_collection, batch, v)
+            c = self._cotangents(at.outputs, batch)
+            total += at.pull(c.metric(at.pushed)).to(v)  # type: ignore[arg-type]
+            n += batch.size
+        return total / n
+
+    def jvp(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
+        """J v (k, n): derivatives of the cotangents' products with the outputs."""
+        found = []
+        for batch in self._batches(examples):
+            at = linearized(self.model, self.function, layer_collection, batch, v)
+            c = self._cotangents(at.outputs, batch)
+            pushed = at.pushed
+            products = [c.chunk(j, j + 1) * pushed for j in range(c.count)]  # type: ignore[operator]
+            rows = [product.reshape(1, batch.size, -1).sum(-1) for product in products]
+            found.append(torch.cat(rows))
+        return torch.cat(found, 1)
+
+    def vjp(self, u: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
+        """J' u (P,), summed over the k cotangents and n examples of u (k, n)."""
+        total, n = u.new_zeros(layer_collection.numel()), 0
+        for batch in self._batches(examples):
+            at = linearized(self.model, self.function, layer_collection, batch, None)
+            c, part = self._cotangents(at.outputs, batch), u[:, n : n + batch.size]
+            w = sum(torch.einsum("kb...,kb->b...", c.chunk(j, j + 1), part[j : j + 1]) for j in range(c.count))
+            total += at.pull(w).to(total)  # type: ignore[arg-type]
+            n += batch.size
+        return total
+
+    def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
+        """F (P, P), and the number of examples."""
+        size = layer_collection.numel()
+        total, n = torch.zeros(size, size, dtype=self.dtype, device=self.device), 0
+        for batch in self.records(examples, layer_collection):
+            rows = torch.cat([record.jacobian() for record in batch.layers.values()], -1).flatten(0, 1)
+            total.addmm_(rows.mT, rows)
+            n += batch.n_examples if batch.first else 0
+        return total / n, n
+
+    def diagonal_blocks(self, examples: Any, layer_collection: LayerCollection) -> tuple[dict[str, Tensor], int]:
+        """The diagonal blocks (p, p) of F by layer, and the number of examples."""
+        sums: dict[str, Tensor] = {}
+        n = 0
+        for batch in self.records(examples, layer_collection):
+            for name, record in batch.layers.items():
+                rows = record.jacobian().flatten(0, 1)
+                sums[name] = sums.get(name, 0) + rows.mT @ rows
+            n += batch.n_examples if batch.first else 0
+        return {name: total / n for name, total in sums.items()}, n
+
+    def _cotangents(self, outputs: Tensor, batch: Batch) -> Cotangents:
+        check_outputs(outputs, batch, self.model, self.function)
+        if self.n_output is not None and self.n_output != (found := self.estimator.variant.n_output(outputs)):
+            raise ValueError(f"n_output={self.n_output}, but the model has {found} (outputs {tuple(outputs.shape)}).")
+        mask = self.mask
+        if mask is None and self.estimator.variant.padded and isinstance(batch.content, dict):
+            mask = "attention_mask" if "attention_mask" in batch.content else None
+        c = self.estimator(outputs, batch.targets, None if mask is None else batch.mask(mask))
+        return c if c.count else Cotangents.from_tensor(torch.zeros_like(outputs)[None])
+
+    def _batches(self, examples: Any) -> Iterator[Batch]:
+        check_mode(self.model)
+        self.estimator.reset()
+        return self._sweeps.batches(examples, self.device, self.verbose)

@@ -1,0 +1,85 @@
+"""What one mini-batch left at one layer: gradients by its parameters, example by example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nngeo.layers.collection import Layer
+from nngeo.layers.rule import Gradients
+from nngeo.linalg.outer import MatrixView, OuterProducts, SelectedProducts, concatenate
+
+
+@dataclass
+class LayerRecord:
+    """Gradients of k cotangents and b examples by the p parameters of one layer.
+
+    Their sum over `parts`: one for each call of a module that holds some of the layer's parameters. They are kept as
+    factors where the layer is a linear map; nothing of size (k, b, p) exists until `jacobian` is called.
+    """
+
+    layer: Layer
+    parts: list[Gradients]
+    n_examples: int
+    n_cotangents: int
+    first: bool  # of the chunks of cotangents of its mini-batch: statistics of inputs alone count only there
+    like: Tensor  # of the dtype and device of the results
+
+    @property
+    def view(self) -> MatrixView | None:
+        """How the parameters are a matrix; None where the layer has no Kronecker factors."""
+        views = [part.view for part in self.parts]
+        kinds = {type(part.products) for part in self.parts}
+        return views[0] if views and len(kinds) == 1 and all(view == views[0] for view in views) else None
+
+    @cached_property
+    def _factors(self) -> OuterProducts | SelectedProducts:
+        products: Any = [part.products for part in self.parts]
+        return concatenate(products)
+
+    def factors(self) -> OuterProducts | SelectedProducts:
+        """Inputs and output gradients, whose outer products, summed over positions, are the gradients.
+
+        Calls of a shared layer are further positions.
+        """
+        if self.view is None:
+            raise NotImplementedError(
+                f"Layer {self.layer.name!r} ({self.layer.kind}) has no Kronecker factors: it is not a linear map, or "
+                "shares its weight with a map of another form. Use PMatEKFACBlockDiag, or PMatMixed with another "
+                "representation for it."
+            )
+        return self._factors
+
+    def jacobian(self) -> Tensor:
+        """(k, b, p)."""
+        if self.view is not None:
+            return self.view.to_flat(self._factors.dense())
+        total = self.like.new_zeros(self.n_cotangents, self.n_examples, self.layer.numel())
+        for part in self.parts:
+            total += part.dense()
+        return total
+
+    def squares(self) -> Tensor:
+        """(p,), gradients squared and summed over k and b."""
+        if self.view is not None:
+            return self.view.to_flat(self._factors.squares())
+        return self.jacobian().square_().sum((0, 1))
+
+    def gram(self, other: LayerRecord) -> Tensor:
+        """(k, b, l, c), inner products with the gradients of another mini-batch, or of the same one."""
+        if self.view is not None and self.view == other.view:
+            return self._factors.gram(other._factors)  # type: ignore[arg-type]
+        return torch.einsum("kbp,lcp->kblc", self.jacobian(), other.jacobian())
+
+
+@dataclass
+class BatchRecord:
+    """The records of one mini-batch, or of a chunk of its cotangents, by layer name."""
+
+    layers: dict[str, LayerRecord]
+    n_examples: int
+    first: bool  # examples are counted only at the first chunk

@@ -1,0 +1,160 @@
+"""One forward of one mini-batch, watched, and the records that backward passes take from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from nngeo.generators.batches import Batch, Function
+from nngeo.generators.outputs import tensor_of
+from nngeo.generators.record import BatchRecord, LayerRecord
+from nngeo.generators.sources import (
+    Replay,
+    Source,
+    Uses,
+    View,
+    fast_gradients,
+    full_precision,
+    generic_gradients,
+    whole_gradients,
+)
+from nngeo.generators.untouched import untouched
+from nngeo.generators.watch import Layout, Watch, watch
+from nngeo.layers.collection import Layer, LayerCollection
+from nngeo.layers.rule import Gradients, LinearMapRule, assemble, rule_for
+
+Layouts = dict[str, list[tuple[list[Layout], list[Layout]]]]  # by module, for each call: of arguments, of outputs
+
+
+class Shared(dict[tuple, Callable[[], dict[str, Tensor]]]):
+    """What the generic rule finds at a call, computed once for all layers that need it."""
+
+
+@dataclass
+class Plan:
+    """How the records of a model are made: for each layer a source, for each module the layouts of its tensors."""
+
+    uses: dict[str, Uses]
+    sources: dict[str, Source]
+    layouts: Layouts = field(default_factory=dict)
+    batched: bool = True  # whether the backward pass can be vectorised over cotangents
+    unused: list[str] = field(default_factory=list)  # parameters that the outputs do not depend on
+
+    def hosts(self) -> set[str]:
+        """The modules to watch."""
+        return {host for source in self.sources.values() for host in source.hosts}
+
+    def added(self) -> set[str]:
+        """The modules whose outputs, the same for all examples, get an axis of examples."""
+        return {host for source in self.sources.values() if source.added for host in source.hosts}
+
+    def names(self, layer: Layer, host: str) -> dict[str, str]:
+        """{parameter's name in the host: its name in the layer}."""
+        if host in self.sources[layer.name].hosts and host in self.uses[layer.name]:
+            return self.uses[layer.name][host]
+        prefix = f"{host}." if host else ""
+        return {layer.full_name(local).removeprefix(prefix): local for local in layer.shapes}
+
+    def layouts_of(self, host: str, call: int) -> tuple[list[Layout], list[Layout]]:
+        """The layouts of a call; one more call than in the first batch is read as the last there."""
+        known = self.layouts[host]
+        return known[min(call, len(known) - 1)]
+
+
+class Recording:
+    """Outputs of one mini-batch, and the calls that led to them."""
+
+    def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, plan: Plan, batch: Batch):
+        self.model, self.layers, self.plan, self.batch = model, layers, plan, batch
+        self.replay = Replay(model, function)
+        self.seen: Watch
+        with (
+            untouched(model),
+            torch.enable_grad(),
+            watch(model, plan.hosts(), batch.size, plan.added()) as self.seen,
+        ):
+            self.outputs = tensor_of(batch.run(model, function))
+
+    def elements(self) -> int:
+        """The size of the gradients that one cotangent leaves at all watched modules."""
+        calls = [call for found in self.seen.calls.values() for call in found]
+        return sum(shape.numel() for call in calls for shape in call.shapes if shape is not None)
+
+    def pull(self, c: Tensor, retain: bool) -> dict[str, list[list[Tensor | None]]]:
+        """Gradients (k, ...) at every output of every call of the watched modules, from cotangents c (k, b, ...)."""
+        calls = [(name, call) for name, found in self.seen.calls.items() for call in found]
+        edges = [edge for _, call in calls for edge in call.outputs if edge is not None]
+        if not edges or not self.outputs.requires_grad:
+            flat: list[Tensor | None] = [None] * len(edges)
+        elif self.plan.batched and len(c) > 1:
+            flat = list(_backward(self.outputs, edges, c, retain, batched=True))
+        else:
+            last = len(c) - 1
+            rows = [_backward(self.outputs, edges, row, retain or j < last, batched=False) for j, row in enumerate(c)]
+            flat = [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)]
+        found: dict[str, list[list[Tensor | None]]] = {name: [] for name in self.seen.calls}
+        for name, call in calls:
+            found[name].append([None if edge is None else flat.pop(0) for edge in call.outputs])
+        return found
+
+    def records(self, c: Tensor, *, first: bool = True, retain: bool = False) -> BatchRecord:
+        """What cotangents c (k, b, ...) leave at every layer; with `retain` more may follow."""
+        grads, shared = self.pull(c, retain), Shared()
+        records = {name: self.record_of(name, grads, c, shared, first) for name in self.layers}
+        return BatchRecord(records, self.batch.size, first)
+
+    def record_of(self, name: str, grads: dict, c: Tensor, shared: Shared, first: bool = True) -> LayerRecord:
+        """One layer's record, from what `pull` returned for cotangents c."""
+        layer, source, like = self.layers[name], self.plan.sources[name], full_precision(self.outputs.detach())
+        parts = self._parts(layer, source, grads, c, shared) or self._nothing(layer, source, len(c), like)
+        return LayerRecord(layer, parts, self.batch.size, len(c), first, like)
+
+    def _parts(self, layer: Layer, source: Source, grads: dict, c: Tensor, shared: Shared) -> list[Gradients]:
+        if not source.hosts:
+            compute = partial(whole_gradients, self.replay, self.batch, c, source, self._wanted(source, ""))
+            return [_picked(layer, self.plan.names(layer, ""), shared.setdefault((), cache(compute)))]
+        parts = []
+        for host in source.hosts:
+            module, names = self.model.get_submodule(host), self.plan.names(layer, host)
+            for j, (call, g) in enumerate(zip(self.seen.calls[host], grads[host], strict=True)):
+                if all(grad is None for grad in g):
+                    continue  # the outputs do not depend on this call
+                call.check_unchanged(host)
+                view = View(source, *self.plan.layouts_of(host, j), self.batch.size)
+                if source.fast:
+                    parts.append(fast_gradients(module, call, view, g, layer, names))
+                    continue
+                compute = partial(generic_gradients, module, call, view, g, self._wanted(source, host))
+                parts.append(_picked(layer, names, shared.setdefault((host, j, source), cache(compute))))
+        return parts
+
+    def _wanted(self, source: Source, host: str) -> list[str]:
+        """The host's parameters that some layer with this source needs: they are computed together."""
+        layers = [self.layers[name] for name, other in self.plan.sources.items() if other == source]
+        return [name for layer in layers for name in self.plan.names(layer, host)]
+
+    def _nothing(self, layer: Layer, source: Source, k: int, like: Tensor) -> list[Gradients]:
+        if not source.fast:
+            return []
+        module = self.model.get_submodule(source.hosts[0])
+        rule = rule_for(module)
+        return [rule.nothing(module, layer, k, self.batch.size, like)] if isinstance(rule, LinearMapRule) else []
+
+
+def _picked(layer: Layer, names: dict[str, str], compute: Callable[[], dict[str, Tensor]]) -> Gradients:
+    """A layer's gradients among those by all parameters wanted from a module."""
+
+    def dense() -> Tensor:
+        found = compute()
+        like = next(iter(found.values()))
+        return assemble(layer, {names[name]: found[name] for name in names}, like.shape[:2], like)
+
+    return Gradients(None, None, dense)
+
+
+def _backward(outputs: Tensor, edges: list, c: Tensor, retain: bool, batched: bool) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(outputs, edges, c, retain_graph=retain, is_grads_batched=batched, allow_unused=True)

@@ -1,0 +1,152 @@
+"""What each call of a module saw and returned, noted by forward hooks, and where its examples are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the examples are in a tensor: along one axis, of size b m if each example has m entries there.
+
+    The m entries of an example follow each other, or, `position_major`, each of the m positions holds all examples.
+    `axis` None: the tensor is the same for all examples.
+    """
+
+    axis: int | None
+    position_major: bool = False
+    added: bool = False  # the axis was put in front by the sweep; one example does not have it
+    folded: bool = False  # one example has more than one entry on the axis
+
+    def split(self, tensor: Tensor, b: int, lead: int = 0) -> Tensor:
+        """(b, *what one example has), m entries on the axis; after `lead` axes of another kind."""
+        if self.axis is None:
+            return tensor.expand(b, *tensor.shape)
+        if self.added:
+            return tensor
+        axis = self.axis + lead
+        if tensor.shape[axis] % b:
+            raise ValueError(
+                f"A tensor of shape {tuple(tensor.shape)} should hold {b} examples along axis {axis}, as it did in the "
+                "first batch. Is the model the same for every batch size?"
+            )
+        m = tensor.shape[axis] // b
+        return tensor.unflatten(axis, (m, b) if self.position_major else (b, m)).movedim(
+            axis + self.position_major, lead
+        )
+
+    @classmethod
+    def between(cls, one: torch.Size, two: torch.Size) -> Layout:
+        """From the shapes of the same tensor with one and with two examples."""
+        axes = [axis for axis, (s, t) in enumerate(zip(one, two, strict=False)) if t == 2 * s and s > 0]
+        if not axes or len(one) != len(two):
+            return cls(None)
+        return cls(axes[0], folded=one[axes[0]] > 1)
+
+
+@dataclass
+class Call:
+    """One call of a module: the leaves of its arguments and, for each leaf of its output, the gradient edge."""
+
+    arguments: list[Any]
+    structure: TreeSpec
+    outputs: list[GradientEdge | None]
+    shapes: list[torch.Size | None]  # of the outputs, as the rest of the model sees them
+    returned: list[torch.Size | None]  # the same, as the module returned them
+    versions: list[int]
+
+    def tensors(self) -> list[int]:
+        """Which arguments are tensors."""
+        return [j for j, leaf in enumerate(self.arguments) if isinstance(leaf, Tensor)]
+
+    def rebuilt(self, replaced: dict[int, Tensor]) -> tuple[tuple, dict]:
+        """Positional and keyword arguments, some tensors replaced."""
+        leaves = [replaced.get(j, leaf) for j, leaf in enumerate(self.arguments)]
+        return tree_unflatten(leaves, self.structure)
+
+    def check_unchanged(self, name: str) -> None:
+        """Raise if an argument was changed in place after the call."""
+        for j, version in zip(self.tensors(), self.versions, strict=True):
+            if self.arguments[j]._version != version:
+                raise NotImplementedError(
+                    f"The input of layer {name!r} is changed in place after the layer has used it, so its gradients "
+                    "can't be computed. Replace the in-place operation (`x += y`, `relu_`) by `x = x + y`."
+                )
+
+
+@dataclass
+class Watch:
+    """Calls by module name, in the order in which they happened."""
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    open: bool = True
+
+
+@contextmanager
+def watch(model: nn.Module, names: Collection[str], b: int, added: Collection[str] = ()) -> Iterator[Watch]:
+    """Note every call of the named modules while the body runs.
+
+    Outputs of the modules in `added`, which are the same for all examples, get an axis of b examples in front.
+    """
+    seen = Watch({name: [] for name in names})
+    handles = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+
+        def note(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> Any:
+            if not seen.open:  # activation checkpointing runs the module again in the backward pass
+                return None
+            leaves, structure = tree_flatten((args, kwargs))
+            leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+            results, spec = tree_flatten(out)
+            returned = _shapes(results)
+            edges: list[GradientEdge | None] = []
+            replaced = False
+            for j, result in enumerate(results):
+                if not (isinstance(result, Tensor) and result.is_floating_point()):
+                    edges.append(None)
+                    continue
+                if name in added:
+                    result = _with_examples(result, b)
+                    results[j], replaced = result, True
+                if not result.requires_grad:
+                    # Nothing in or before the module requires a gradient. The leaf must not be changed in place.
+                    leaf = result.detach().requires_grad_()
+                    edges.append(get_gradient_edge(leaf))
+                    results[j], replaced = leaf.clone(), True
+                else:
+                    # The edge is taken here, before an in-place activation can move the tensor past it.
+                    edges.append(get_gradient_edge(result))
+            seen.calls[name].append(Call(leaves, structure, edges, _shapes(results), returned, versions))
+            return tree_unflatten(results, spec) if replaced else None
+
+        handles.append(modules[name].register_forward_hook(note, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        seen.open = False
+        for handle in handles:
+            handle.remove()
+
+
+def _shapes(leaves: list[Any]) -> list[torch.Size | None]:
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
+def _with_examples(out: Tensor, b: int) -> Tensor:
+    """(1, ...) -> (b, ...), anything else -> (b, *shape): every example has its own copy, so its own gradient."""
+    return out.expand(b, *out.shape[1:]) if out.ndim and len(out) == 1 else out.expand(b, *out.shape)
+
+
+def added_layout(shape: torch.Size) -> Layout:
+    """The layout of an output of this shape (as the module returned it) after `_with_examples`."""
+    return Layout(0) if len(shape) and shape[0] == 1 else Layout(0, added=True)
