@@ -57,7 +57,7 @@ class _Accounting:
         self.pair, self.one = batch.examples(index.expand(2) if len(index) == 1 else index), batch.examples(index[:1])
         if self.pair.size != 2:
             self.pair = batch.examples(torch.zeros(2, dtype=torch.long))
-        self.uses = uses_of(model, layers)
+        self.batch, self.uses = batch, uses_of(model, layers)
         self.errors: dict[str, Exception] = {}
         self.unused: list[str] = []
 
@@ -107,13 +107,23 @@ class _Accounting:
         with untouched(self.model), torch.enable_grad():
             return tensor_of(batch.run(self.model, self.function))
 
+    def _run_alone(self, batch: Batch) -> None:
+        try:
+            self._run(batch)
+        except Exception as error:
+            self._run(self.batch)  # if this raises, too, the reason is not the number of examples
+            raise ValueError(
+                f"The model runs on a batch of {self.batch.size} examples, but not on {batch.size} of them alone "
+                "(normalization over the batch?): gradients of single examples are not defined."
+            ) from error
+
     def _layouts(self) -> Layouts:
         """Where the examples are: the axis that doubles when one example becomes two."""
         names = [name for name, _ in self.model.named_modules()]
         shapes = []
         for batch in (self.one, self.pair):
             with watch(self.model, names, batch.size) as seen:
-                self._run(batch)
+                self._run_alone(batch)
             shapes.append(seen.calls)
         one, two = shapes
         return {
@@ -144,7 +154,15 @@ class _Accounting:
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(outputs.shape, generator=generator).to(outputs)
             c = torch.stack([noise] * 3) * _REACH.to(noise).view(3, 2, *[1] * (outputs.ndim - 1))
-            rows = [self._autograd(outputs, list(parameters.values()), row) for row in c[:2]]
+            try:
+                rows = [self._autograd(outputs, list(parameters.values()), row) for row in c[:2]]
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise NotImplementedError(
+                    "The model uses activation checkpointing with use_reentrant=True, which hides its graph from "
+                    "autograd.grad. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                ) from error
         grads = {name: torch.stack(pair) for name, pair in zip(parameters, zip(*rows, strict=True), strict=True)}
         truth = {}
         for name, layer in self.layers.layers.items():

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from nngeo.generators.accounting import plan_for
 from nngeo.generators.base import Generator, device_of, dtype_is_one
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.linearized import linearized
+from nngeo.generators.linearized import Linearizer
 from nngeo.generators.outputs import check_mode, check_outputs
+from nngeo.generators.products import LayerwiseProducts, WholeModelProducts
 from nngeo.generators.record import BatchRecord
 from nngeo.generators.recording import Recording
 from nngeo.generators.sweeps import Sweeps
@@ -52,6 +53,7 @@ class JacobianGenerator(Generator):
         self.mask, self.n_output, self.check, self.verbose = mask, n_output, check, verbose
         device_of(model, device)
         self._sweeps = Sweeps()
+        self._linearizers: dict[LayerCollection, Linearizer | None] = {}
 
     def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
         """Records of every mini-batch, in chunks of cotangents where all would not fit.
@@ -78,36 +80,29 @@ class JacobianGenerator(Generator):
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """F v (P,): for each mini-batch J v, the metric at the outputs, and the pull-back; about two gradients."""
-        total, n = torch.zeros_like(v), 0
-        for batch in self._batches(examples):
-            at = linearized(self.model, self.function, layer_collection, batch, v)
-            c = self._cotangents(at.outputs, batch)
-            total += at.pull(c.metric(at.pushed)).to(v)  # type: ignore[arg-type]
-            n += batch.size
+        total, n = self._product("mv", v, examples, layer_collection)
         return total / n
 
     def jvp(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
-        """J v (k, n): derivatives of the cotangents' products with the outputs."""
-        found = []
-        for batch in self._batches(examples):
-            at = linearized(self.model, self.function, layer_collection, batch, v)
-            c = self._cotangents(at.outputs, batch)
-            pushed = at.pushed
-            products = [c.chunk(j, j + 1) * pushed for j in range(c.count)]  # type: ignore[operator]
-            rows = [product.reshape(1, batch.size, -1).sum(-1) for product in products]
-            found.append(torch.cat(rows))
-        return torch.cat(found, 1)
+        """J v (k, n): derivatives along v of the outputs' products with the cotangents."""
+        return self._product("jvp", v, examples, layer_collection)
 
     def vjp(self, u: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """J' u (P,), summed over the k cotangents and n examples of u (k, n)."""
-        total, n = u.new_zeros(layer_collection.numel()), 0
-        for batch in self._batches(examples):
-            at = linearized(self.model, self.function, layer_collection, batch, None)
-            c, part = self._cotangents(at.outputs, batch), u[:, n : n + batch.size]
-            w = sum(torch.einsum("kb...,kb->b...", c.chunk(j, j + 1), part[j : j + 1]) for j in range(c.count))
-            total += at.pull(w).to(total)  # type: ignore[arg-type]
-            n += batch.size
-        return total
+        return self._product("vjp", u, examples, layer_collection)
+
+    def _product(self, name: str, x: Tensor, examples: Any, layers: LayerCollection) -> Any:
+        if layers not in self._linearizers:
+            self._linearizers[layers] = Linearizer(self.model, self.function, layers)
+        whole = self._linearizers[layers]
+        if whole is not None:
+            try:
+                return getattr(WholeModelProducts(whole, self._cotangents), name)(self._batches(examples), x)
+            except (NotImplementedError, RuntimeError) as error:
+                if "derivative for" not in str(error):
+                    raise
+                self._linearizers[layers] = None  # an operation has no second derivative
+        return getattr(LayerwiseProducts(layers), name)(self.records(examples, layers), x)
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
         """F (P, P), and the number of examples."""

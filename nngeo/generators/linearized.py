@@ -20,72 +20,81 @@ from nngeo.layers.replace import call_with
 
 @dataclass(frozen=True)
 class Linearized:
-    """Outputs (b, ...) of a batch, their derivative J v along parameters v, and the pull-back w -> J' w (P,)."""
+    """Outputs (b, ...) of a batch, their derivative J v along parameters v (or 0), and the pull-back w -> J' w (P,)."""
 
     outputs: Tensor
-    pushed: Tensor | None
+    pushed: Tensor
     pull: Callable[[Tensor], Tensor]
 
 
-def linearized(
-    model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch, v: Tensor | None
-) -> Linearized:
-    """One forward in dual numbers that records the reverse graph, too; `pull` is one backward.
+class Linearizer:
+    """Linearizes a model at mini-batches, in the cheapest way in which it can be.
 
-    Where a kernel of the model has no forward-mode derivative, or another one than its gradient, J v is taken by
-    differentiating `w -> J' w`.
+    By one forward in dual numbers that records the reverse graph, too; `pull` is then one backward. Where a kernel of
+    the model has no forward-mode derivative, or another one than its gradient (torch.no_grad and `padding_idx` stop
+    gradients, but not tangents: the first mini-batch is tested), J v is the derivative of `w -> J' w`.
     """
-    with untouched(model), torch.enable_grad(), plain_kernels(model):
-        if v is None or _stops_gradients(model):
-            return _reverse(model, function, layers, batch, v)
-        try:
-            return _forward(model, function, layers, batch, v)
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward AD" not in str(error) and "forward-mode" not in str(error):
-                raise
-            return _reverse(model, function, layers, batch, v)
 
+    def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection):
+        self.model, self.function, self.layers = model, function, layers
+        padded = any(getattr(module, "padding_idx", None) is not None for module in model.modules())
+        self._forward_mode, self._tested = not padded, False
 
-def _forward(
-    model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch, v: Tensor
-) -> Linearized:
-    leaves = {name: p.detach().requires_grad_() for name, p in layers.named_parameters(model)}
-    tangents = split_by_parameter(layers, v.to(next(iter(leaves.values()))))
-    with forward_ad.dual_level():
-        duals = {
-            f"model.{name}": forward_ad.make_dual(leaf, tangent)
-            for (name, leaf), tangent in zip(leaves.items(), tangents, strict=True)
-        }
-        outputs, pushed = forward_ad.unpack_dual(call_with(Replay(model, function), duals, (batch.content,), {}))
-    pull = _pull_back(outputs, list(leaves.values()))
+    def at(self, batch: Batch, v: Tensor | None) -> Linearized:
+        """The model at a batch, and J v if v (P,) is given."""
+        with untouched(self.model), torch.enable_grad(), plain_kernels(self.model):
+            if v is None or not self._forward_mode:
+                return self._reverse(batch, v)
+            try:
+                found = self._forward(batch, v)
+                if self._tested or self._is_adjoint(found, v):
+                    return found
+            except (NotImplementedError, RuntimeError) as error:
+                if "forward AD" not in str(error) and "forward-mode" not in str(error):
+                    raise
+            self._forward_mode = False
+            return self._reverse(batch, v)
 
-    def pull_again(w: Tensor) -> Tensor:
-        try:
-            return pull(w)
-        except CheckpointError:  # activation checkpointing has run the model again, with its own parameters
-            with untouched(model), torch.enable_grad(), plain_kernels(model):
-                return _reverse(model, function, layers, batch, None).pull(w)
+    def _is_adjoint(self, found: Linearized, v: Tensor) -> bool:
+        """Whether <w, J v> = <J' w, v> for a random w."""
+        self._tested = True
+        w = torch.randn(found.outputs.shape, generator=torch.Generator().manual_seed(0)).to(found.outputs)
+        products, others = (w * found.pushed).double(), (found.pull(w).to(v) * v).double()
+        scale = products.norm() + others.norm()
+        tolerance = 10 * torch.finfo(found.outputs.dtype).eps ** 0.5
+        return bool((products.sum() - others.sum()).abs() <= tolerance * scale)
 
-    pushed = torch.zeros_like(outputs) if pushed is None else pushed
-    return Linearized(outputs.detach(), pushed.detach(), pull_again)
+    def _forward(self, batch: Batch, v: Tensor) -> Linearized:
+        leaves = {name: p.detach().requires_grad_() for name, p in self.layers.named_parameters(self.model)}
+        tangents = split_by_parameter(self.layers, v.to(next(iter(leaves.values()))))
+        with forward_ad.dual_level():
+            duals = {
+                f"model.{name}": forward_ad.make_dual(leaf, tangent)
+                for (name, leaf), tangent in zip(leaves.items(), tangents, strict=True)
+            }
+            outputs = call_with(Replay(self.model, self.function), duals, (batch.content,), {})
+            outputs, pushed = forward_ad.unpack_dual(outputs)
+        pull = _pull_back(outputs, list(leaves.values()))
 
+        def pull_again(w: Tensor) -> Tensor:
+            try:
+                return pull(w)
+            except CheckpointError:  # activation checkpointing has run the model again, with its own parameters
+                return self.at(batch, None).pull(w)
 
-def _reverse(
-    model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch, v: Tensor | None
-) -> Linearized:
-    leaves = [p.requires_grad_() for p in layers.parameters(model)]
-    outputs = Replay(model, function)(batch.content)
-    pushed = None
-    if v is not None:
-        pushed = torch.zeros_like(outputs)
-        if outputs.requires_grad:
-            # J v is the derivative, along v, of the linear function w -> J' w.
+        return Linearized(outputs.detach(), _or_zero(pushed, outputs), pull_again)
+
+    def _reverse(self, batch: Batch, v: Tensor | None) -> Linearized:
+        leaves = [p.requires_grad_() for p in self.layers.parameters(self.model)]
+        outputs = Replay(self.model, self.function)(batch.content)
+        pushed = None
+        if v is not None and outputs.requires_grad:
             w = torch.zeros_like(outputs, requires_grad=True)
             pulled = torch.autograd.grad(outputs, leaves, w, create_graph=True, allow_unused=True)
-            tangents = split_by_parameter(layers, v.to(outputs))
+            tangents = split_by_parameter(self.layers, v.to(outputs))
             pairs = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None]
             (pushed,) = torch.autograd.grad([g for g, _ in pairs], w, [t for _, t in pairs], retain_graph=True)
-    return Linearized(outputs.detach(), None if pushed is None else pushed.detach(), _pull_back(outputs, leaves))
+        return Linearized(outputs.detach(), _or_zero(pushed, outputs), _pull_back(outputs, leaves))
 
 
 def split_by_parameter(layers: LayerCollection, v: Tensor) -> list[Tensor]:
@@ -94,9 +103,8 @@ def split_by_parameter(layers: LayerCollection, v: Tensor) -> list[Tensor]:
     return [part for name in layers for part in layers.split_layer(name, parts[name]).values()]
 
 
-def _stops_gradients(model: nn.Module) -> bool:
-    """Whether forward mode would differ from the gradient: rows at `padding_idx` have a tangent, but no gradient."""
-    return any(getattr(module, "padding_idx", None) is not None for module in model.modules())
+def _or_zero(pushed: Tensor | None, outputs: Tensor) -> Tensor:
+    return torch.zeros_like(outputs) if pushed is None else pushed.detach()
 
 
 def _pull_back(outputs: Tensor, leaves: list[Tensor]) -> Callable[[Tensor], Tensor]:
