@@ -8,13 +8,11 @@ function, run again example by example. What differs even there is refused by na
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.outputs import tensor_of
@@ -24,33 +22,11 @@ from nngeo.generators.untouched import untouched
 from nngeo.generators.watch import Layout, watch
 from nngeo.layers.collection import LayerCollection
 
-_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
-
-
-def plan_for(
-    model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch, check: bool = True
-) -> Plan:
-    """The plan of a sweep, remembered for the structure of the model.
-
-    Raises:
-        ValueError: the examples of a batch influence each other, or the model draws random numbers.
-        NotImplementedError: gradients of a layer can't be computed; the layer is named.
-    """
-    known = _PLANS.setdefault(model, {})
-    reference = None if function is None else weakref.ref(function)
-    key = (check, _signature(model, layers, batch), reference)
-    if key not in known:
-        for old in [old for old in known if old[-1] is not None and old[-1]() is None]:
-            del known[old]  # of a function that is gone
-        known[key] = _Accounting(model, function, layers, batch).plan(check)
-    return known[key]
-
-
 # Which examples each cotangent of the check reaches. There are three, so that no axis is mistaken for another.
 _REACH = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 
 
-class _Accounting:
+class Accounting:
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch):
         self.model, self.function, self.layers = model, function, layers
         index = torch.arange(min(batch.size, 2))
@@ -62,28 +38,43 @@ class _Accounting:
         self.unused: list[str] = []
 
     def plan(self, check: bool) -> Plan:
-        choices = {name: self._candidates(name) for name in self.layers}
-        layouts = self._layouts()
-        plan = Plan(self.uses, {name: next(choices[name]) for name in self.layers}, layouts)
+        choices = {name: list(candidates(self.layers[name], self.uses[name], self.model)) for name in self.layers}
+        plan = Plan(self.uses, {name: choices[name][0] for name in self.layers}, self._layouts(set()))
         if not check:
             return plan
         self.outputs, self.c, self.truth = self._truth()
         plan.batched, plan.unused = self._can_batch(plan), self.unused
         pending = list(self.layers)
-        while pending:
-            pending = self._wrong(plan, pending)
-            for name in pending:
-                plan.sources[name] = self._next(name, choices[name], plan)
+        while pending := self._wrong(plan, pending):
+            self._move_on(plan, pending, choices)
         return plan
 
-    def _candidates(self, name: str) -> Iterator[Source]:
-        return candidates(self.layers[name], self.uses[name], self.model)
+    def _move_on(self, plan: Plan, pending: list[str], choices: dict[str, list[Source]]) -> None:
+        """Give each layer its next source; but only one at a time an output with an added axis of examples.
 
-    def _next(self, name: str, choices: Iterator[Source], plan: Plan) -> Source:
+        What follows such an output has examples, too: where they are is measured again, and the layers that have not
+        come to that point begin anew.
+        """
+        added = plan.added()
+        for name in pending:
+            source = self._next(name, choices[name], plan)
+            if not (source.added and plan.added() != added):
+                plan.sources[name] = source
+        if plan.added() != added:
+            try:
+                plan.layouts = self._layouts(plan.added())
+            except Exception:  # the rest of the model can't do with another axis, and will say so when it is compared
+                return
+            for name in pending:
+                ahead = choices[name][: choices[name].index(replace(plan.sources[name], vectorized=True))]
+                if not plan.sources[name].added and not any(source.added for source in ahead):
+                    plan.sources[name] = choices[name][0]
+
+    def _next(self, name: str, choices: list[Source], plan: Plan) -> Source:
         before = plan.sources[name]
         if not before.fast and before.vectorized and name in self.errors:
-            return Source(before.hosts, False, before.position_major, before.added, vectorized=False)
-        for source in choices:
+            return replace(before, vectorized=False)
+        for source in choices[choices.index(replace(before, vectorized=True)) + 1 :]:
             if self._applies(source, plan.layouts):
                 return source
         kind = self.layers[name].kind
@@ -117,12 +108,12 @@ class _Accounting:
                 "(normalization over the batch?): gradients of single examples are not defined."
             ) from error
 
-    def _layouts(self) -> Layouts:
+    def _layouts(self, added: set[str]) -> Layouts:
         """Where the examples are: the axis that doubles when one example becomes two."""
         names = [name for name, _ in self.model.named_modules()]
         shapes = []
         for batch in (self.one, self.pair):
-            with watch(self.model, names, batch.size) as seen:
+            with watch(self.model, names, batch.size, added) as seen:
                 self._run_alone(batch)
             shapes.append(seen.calls)
         one, two = shapes
@@ -236,17 +227,3 @@ def _layout(one: Any, two: Any) -> Layout:
     """The layout of a leaf, from its value (or shape) with one and with two examples."""
     one, two = (leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in (one, two))
     return Layout.between(one, two) if isinstance(one, torch.Size) and isinstance(two, torch.Size) else Layout(None)
-
-
-def _signature(model: nn.Module, layers: LayerCollection, batch: Batch) -> tuple:
-    """What the plan depends on; equal for equal structures."""
-    leaves, structure = tree_flatten(batch.content)
-    shapes = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
-    ids = {id(p): name for name, p in model.named_parameters()}
-    modules = []
-    for name, module in model.named_modules():
-        simple = tuple((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str))
-        called = id(vars(module).get("forward"))
-        own = tuple((k, ids[id(p)], p.shape, p.requires_grad) for k, p in module._parameters.items() if p is not None)
-        modules.append((name, type(module), simple, called, own))
-    return layers, tuple(modules), str(structure), shapes

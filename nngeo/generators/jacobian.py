@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeo.generators.accounting import plan_for
 from nngeo.generators.base import Generator, device_of, dtype_is_one
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.linearized import Linearizer
 from nngeo.generators.outputs import check_mode, check_outputs
+from nngeo.generators.plans import plan_for
 from nngeo.generators.products import LayerwiseProducts, WholeModelProducts
 from nngeo.generators.record import BatchRecord
 from nngeo.generators.recording import Recording
@@ -112,7 +112,7 @@ class JacobianGenerator(Generator):
             rows = torch.cat([record.jacobian() for record in batch.layers.values()], -1).flatten(0, 1)
             total.addmm_(rows.mT, rows)
             n += batch.n_examples if batch.first else 0
-        return total / n, n
+        return total.div_(n), n
 
     def diagonal_blocks(self, examples: Any, layer_collection: LayerCollection) -> tuple[dict[str, Tensor], int]:
         """The diagonal blocks (p, p) of F by layer, and the number of examples."""

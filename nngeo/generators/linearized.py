@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,7 +43,9 @@ class Linearizer:
 
     def at(self, batch: Batch, v: Tensor | None) -> Linearized:
         """The model at a batch, and J v if v (P,) is given."""
-        with untouched(self.model), torch.enable_grad(), plain_kernels(self.model):
+        with untouched(self.model), torch.enable_grad(), plain_kernels(self.model), warnings.catch_warnings():
+            # The first forward-mode derivative of a process warns about torch's own use of torch.jit.
+            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
             if v is None or not self._forward_mode:
                 return self._reverse(batch, v)
             try:

@@ -30,7 +30,7 @@ class EmbeddingRule(LinearMapRule):
         index, g = self.inputs(module, x), self.outgrads(module, g)
         padding = -1 if module.padding_idx is None else module.padding_idx
         keep = torch.as_tensor(index != padding)
-        products = SelectedProducts.masked(index, keep, module.num_embeddings, g)
+        products = SelectedProducts(index, keep, module.num_embeddings, g)
         return Gradients(self.view(module, layer), products)
 
     def nothing(self, module, layer, k, b, like):

@@ -42,10 +42,10 @@ def conjugate_gradients(
     A row is done when its residual is at most `max(rtol |b|, atol)`; only rows that are not done are multiplied.
 
     Args:
-        max_iter: 10 P if None.
+        max_iter: 10 P, at most 1000, if None.
         precondition: an approximation of the inverse of `product`, symmetric positive definite.
     """
-    limit = 10 * b.shape[-1] if max_iter is None else max_iter
+    limit = min(10 * b.shape[-1], 1000) if max_iter is None else max_iter
     precondition = precondition or torch.clone
     x = torch.zeros_like(b) if x0 is None else x0.expand_as(b).clone()
     r = b.clone() if x0 is None else b - product(x)

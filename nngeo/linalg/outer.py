@@ -84,38 +84,38 @@ class OuterProducts:
 class SelectedProducts:
     """OuterProducts whose inputs are rows of the identity: `a[b, t]` selects feature `index[b, t]` of `size`.
 
-    As in an Embedding; `keep` (b, t) is False where a position selects nothing (padding). The identity is never formed.
+    As in an Embedding; `keep` (b, t) is False where a position selects nothing (padding): there a is zero, g need not
+    be. The identity is never formed.
     """
 
     index: Tensor
     keep: Tensor
     size: int
-    g: Tensor  # (1, k, b, t, o), zero where nothing is kept
+    g: Tensor  # (1, k, b, t, o)
 
-    @classmethod
-    def masked(cls, index: Tensor, keep: Tensor, size: int, g: Tensor) -> SelectedProducts:
-        """With g set to zero where nothing is kept."""
-        return cls(index, keep, size, g * keep[..., None])
+    def _kept(self) -> Tensor:
+        """g (k, b, t, o), zero where nothing is selected."""
+        return self.g[0] * self.keep[..., None]
 
     def dense(self) -> Tensor:
         """(k, b, 1, o, i)."""
         _, k, b, t, o = self.g.shape
         out = self.g.new_zeros(k, b, self.size, o)
-        out.scatter_add_(2, self.index[None, :, :, None].expand(k, b, t, o), self.g[0])
+        out.scatter_add_(2, self.index[None, :, :, None].expand(k, b, t, o), self._kept())
         return out.mT[:, :, None]
 
     def squares(self) -> Tensor:
         """(1, o, i), gradients squared and summed over k and b; cost O(k b t^2 o), not O(k b i o)."""
         same = (self.index[:, :, None] == self.index[:, None, :]).to(self.g.dtype)
         first = same.tril(-1).sum(-1) == 0  # the first position of its example to select this feature
-        total = (same @ self.g[0]).square_().sum(0) * (first & self.keep)[..., None]
+        total = (same @ self._kept()).square_().sum(0) * (first & self.keep)[..., None]
         out = total.new_zeros(self.size, total.shape[-1])
         return out.index_add_(0, self.index.flatten(), total.flatten(0, 1)).mT[None]
 
     def gram(self, other: SelectedProducts) -> Tensor:
         """(k, b, l, c), inner products with the gradients of another mini-batch."""
         same = (self.index[:, :, None, None] == other.index).to(self.g.dtype)
-        outputs = torch.einsum("kbto,lcso->kbtlcs", self.g[0], other.g[0])
+        outputs = torch.einsum("kbto,lcso->kbtlcs", self._kept(), other._kept())
         return torch.einsum("btcs,kbtlcs->kblc", same, outputs)
 
     def counts(self) -> Tensor:

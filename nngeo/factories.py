@@ -1,0 +1,275 @@
+"""Matrices and maps of a network from examples: glue between variants, generators and representations, no math."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nngeo.generators import HessianGenerator, JacobianGenerator
+from nngeo.generators.batches import Function
+from nngeo.layers import LayerCollection
+from nngeo.representations import FMatDense, PFMapDense, PFMapImplicit, PMat
+from nngeo.variants import Empirical, Estimator, Exact, MonteCarlo, OutputHessian, Variant, make_variant
+
+Matrix = TypeVar("Matrix", bound=PMat)
+Mask = Callable[[Any], Tensor] | str
+VariantChoice = str | Variant | Callable[..., Tensor]
+Device = torch.device | str | None
+
+
+def FIM(
+    model: nn.Module,
+    loader: Any,
+    representation: type[Matrix],
+    variant: VariantChoice = "classif_logits",
+    device: Device = None,
+    function: Function | None = None,
+    layer_collection: LayerCollection | None = None,
+    verbose: bool = False,
+    *,
+    n_output: int | None = None,
+    empirical: bool = False,
+    mask: Mask | None = None,
+    ignore_index: int | None = -100,
+    covariance: Any = None,
+    check: bool = True,
+    **options: Any,
+) -> Matrix:
+    """The Fisher information matrix, the mean over examples of `J' M J`, in a representation.
+
+    J is the Jacobian of the outputs by the parameters, and M the Fisher of the variant's distribution at the outputs
+    of one example (positions of an example are summed over). With `empirical`, `J' M J` is instead the outer product
+    of the gradient of -log p at the given target, one for each example.
+
+    Args:
+        model: in eval mode, where it has BatchNorm or dropout. It comes back as it was.
+        loader: a DataLoader, any iterable of batches, or one batch: a tensor, a tuple (inputs, targets), or a dict of
+            the model's keyword arguments.
+        representation: a class such as PMatDiag or PMatKFAC; `options` go to it.
+        variant: "regression", "classif_logits", "classif_logsoftmax", "classif_binary_logits",
+            "segmentation_logits", "token_logits", "poisson_log_rate", a Variant, or a function
+            `outputs, *targets -> c (k, b, ...)` with the sum of c c' over k as metric.
+        device: None, or where the model already is.
+        function: called as `function(*batch)` (or `function(batch)` with a dict) in place of `model(batch[0])` (or
+            `model(**batch)` without its labels).
+        layer_collection: the parameters; by default all that require a gradient.
+        verbose: show a progress bar.
+        n_output: the number of outputs to expect; not needed.
+        mask: which positions count: a function of the batch that returns booleans (b, *positions), or a key of dict
+            batches. With "token_logits" and dict batches, "attention_mask" by default.
+        ignore_index: target of positions that do not count ("segmentation_logits", "token_logits"); None: all count.
+        covariance: of the noise of "regression": a number, (o,) variances or (o, o); by default 1.
+        check: compare the layers' rules with autograd on the first two examples. It costs little, and its result is
+            remembered for the model.
+
+    Cost: a forward for each mini-batch, and a backward (without gradients by weights) for each of the k cotangents:
+    the number of outputs, less one for a softmax, times the number of positions; one if empirical. Then what the
+    representation takes.
+
+    Raises:
+        ValueError, TypeError: an argument, the model's mode, or its outputs, with what would work instead.
+        NotImplementedError: a layer, named, that the representation or the sweep can't serve.
+        MemoryError: a representation too large for this machine.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    >>> from nngeo import PMatDiag, PVector
+    >>> F = FIM(model, (torch.randn(10, 4),), PMatDiag)
+    >>> v = PVector.from_model(model)
+    >>> float(F.vTMv(v)) > 0
+    True
+    """
+    kind = _variant(variant, ignore_index, covariance)
+    estimator = Empirical(kind) if empirical else Exact(kind)
+    return _matrix(
+        model, loader, representation, estimator, layer_collection, options,
+        function=function, device=device, mask=mask, n_output=n_output, check=check, verbose=verbose,
+    )  # fmt: skip
+
+
+def FIM_MonteCarlo(
+    model: nn.Module,
+    loader: Any,
+    representation: type[Matrix],
+    variant: VariantChoice = "classif_logits",
+    trials: int = 1,
+    device: Device = None,
+    function: Function | None = None,
+    layer_collection: LayerCollection | None = None,
+    verbose: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    n_output: int | None = None,
+    mask: Mask | None = None,
+    ignore_index: int | None = -100,
+    covariance: Any = None,
+    check: bool = True,
+    **options: Any,
+) -> Matrix:
+    """An unbiased estimate of `FIM`: gradients at targets drawn from the model, `trials` draws for each example.
+
+    Costs `trials` backward passes, however many outputs there are. The draws stay the same for the life of the matrix:
+    products with a PMatImplicit are products with one matrix.
+
+    Args:
+        trials: draws for each example. The variance of the estimate is proportional to 1 / (trials n).
+        generator: source of the draws; without one, a single number is drawn from torch's global generator.
+
+    The other arguments are those of `FIM`.
+    """
+    estimator = MonteCarlo(_variant(variant, ignore_index, covariance), trials, generator)
+    return _matrix(
+        model, loader, representation, estimator, layer_collection, options,
+        function=function, device=device, mask=mask, n_output=n_output, check=check, verbose=verbose,
+    )  # fmt: skip
+
+
+def GGN(
+    model: nn.Module,
+    loader: Any,
+    representation: type[Matrix],
+    loss_fn: Callable[..., Tensor],
+    device: Device = None,
+    function: Function | None = None,
+    layer_collection: LayerCollection | None = None,
+    verbose: bool = False,
+    *,
+    check: bool = True,
+    **options: Any,
+) -> Matrix:
+    """The generalized Gauss-Newton matrix of a loss, the mean over examples of `J' H J` (Schraudolph, 2002).
+
+    H is the Hessian of the loss of one example by its outputs, found by differentiating `loss_fn` twice.
+
+    Args:
+        loss_fn: `loss_fn(outputs, *targets) -> scalar`, called for each example as a batch of one; so a loss that
+            averages over examples and one that sums over them give the same, and one that averages over outputs, as
+            nn.MSELoss does, includes this factor.
+
+    The other arguments are those of `FIM`.
+
+    Raises:
+        ValueError: the loss is not convex in the outputs, and the representation needs a square root of H.
+    """
+    return _matrix(
+        model, loader, representation, Exact(OutputHessian(loss_fn)), layer_collection, options,
+        function=function, device=device, check=check, verbose=verbose,
+    )  # fmt: skip
+
+
+def Hessian(
+    model: nn.Module,
+    loader: Any,
+    representation: type[Matrix],
+    function: Callable[..., Tensor] | None = None,
+    layer_collection: LayerCollection | None = None,
+    verbose: bool = False,
+    *,
+    device: Device = None,
+    reduction: str = "sum",
+    **options: Any,
+) -> Matrix:
+    """The Hessian of a loss by the parameters, the sum over batches of that of `function(prediction, *targets)`.
+
+    By double backward: two gradients for each product with a vector. PMatDense, PMatBlockDiag, PMatDiag and
+    PMatImplicit hold it; the others are made of outer products, which an indefinite matrix is not.
+
+    Args:
+        function: the loss of a batch. A loss that averages over the batch makes the sum depend on the batch size.
+        reduction: "sum", or "mean": the sum divided by the number of examples (for losses that sum over the batch).
+    """
+    if function is None:
+        raise ValueError("Hessian needs `function`, the loss: for example function=torch.nn.functional.cross_entropy.")
+    layers = layer_collection or LayerCollection.from_model(model)
+    generator = HessianGenerator(model, function, device=device, reduction=reduction, verbose=verbose)
+    return _checked(representation, PMat)(layers, generator, examples=loader, **options)
+
+
+def Jacobian(
+    model: nn.Module,
+    loader: Any,
+    function: Function | None = None,
+    representation: type[PFMapDense] | type[PFMapImplicit] = PFMapDense,
+    layer_collection: LayerCollection | None = None,
+    *,
+    device: Device = None,
+    verbose: bool = False,
+    check: bool = True,
+) -> Any:
+    """Jacobians of all examples, a map from parameters to outputs: (k, n, P), k outputs and n examples.
+
+    Costs a backward for each output, and k n P numbers; PFMapImplicit stores nothing.
+    """
+    layers = layer_collection or LayerCollection.from_model(model)
+    generator = _rows(model, function, device, verbose, check)
+    return _checked(representation, (PFMapDense, PFMapImplicit))(layers, generator, examples=loader)
+
+
+def NTK(
+    model: nn.Module,
+    loader: Any,
+    other: Any = None,
+    representation: type[FMatDense] = FMatDense,
+    layer_collection: LayerCollection | None = None,
+    *,
+    function: Function | None = None,
+    device: Device = None,
+    verbose: bool = False,
+    check: bool = True,
+) -> FMatDense:
+    """The neural tangent kernel `J J'` of the examples, (k, n, k, n): their Gram matrix in parameter space.
+
+    Gradients are not formed where inner products of a layer's inputs and output gradients give the same. Each batch is
+    run once, so a loader that shuffles is fine. The trace sums over outputs (neural-tangents divides by their number).
+
+    Args:
+        other: examples of the columns, for the cross kernel (k, n, k, m) of two sets; by default those of the rows.
+            A function in this place is taken for `function`, as in NNGeometry's GramMatrix.
+    """
+    if callable(other) and not isinstance(other, Tensor):
+        function, other = other, None
+    layers = layer_collection or LayerCollection.from_model(model)
+    generator = _rows(model, function, device, verbose, check)
+    second = {} if other is None else {"examples2": other}
+    return _checked(representation, FMatDense)(layers, generator, examples=loader, **second)
+
+
+GramMatrix = NTK
+
+
+def _variant(variant: VariantChoice, ignore_index: int | None, covariance: Any) -> Variant:
+    options = {"ignore_index": ignore_index} if ignore_index != -100 else {}
+    options |= {"covariance": covariance} if covariance is not None else {}
+    return make_variant(variant, **options)
+
+
+def _rows(model: nn.Module, function: Function | None, device: Device, verbose: bool, check: bool) -> JacobianGenerator:
+    return JacobianGenerator(
+        model, Exact(make_variant("identity")), function, device=device, verbose=verbose, check=check
+    )
+
+
+def _matrix(
+    model: nn.Module,
+    loader: Any,
+    representation: type[Matrix],
+    estimator: Estimator,
+    layer_collection: LayerCollection | None,
+    options: dict[str, Any],
+    **settings: Any,
+) -> Matrix:
+    layers = layer_collection or LayerCollection.from_model(model)
+    generator = JacobianGenerator(model, estimator, **settings)
+    return _checked(representation, PMat)(layers, generator, examples=loader, **options)
+
+
+def _checked(representation: Any, base: type | tuple[type, ...]) -> Any:
+    if not (isinstance(representation, type) and issubclass(representation, base)):
+        bases = base if isinstance(base, tuple) else (base,)
+        raise TypeError(
+            f"`representation` is {representation!r}; it should be a class: "
+            f"{' or '.join(kind.__name__ for kind in bases)}, such as PMatDiag, PMatKFAC, FMatDense or PFMapDense."
+        )
+    return representation

@@ -1,0 +1,230 @@
+"""Symmetric matrices over the parameters of a network, however they are stored."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import torch
+from torch import Tensor
+
+from nngeo.representations.coordinates import coordinates
+from nngeo.representations.estimate import Estimate, check_kind
+from nngeo.representations.memory import fitting_representations, require_memory
+from nngeo.representations.solvers import SOLVERS
+from nngeo.representations.state import check_header, check_match, header, layers_of
+from nngeo.vectors import PVector
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from nngeo.generators import Generator
+    from nngeo.representations.maps import PFMapDense
+
+X = TypeVar("X", Tensor, PVector, "PFMapDense")
+
+MATRICES: dict[str, type[PMat]] = {}
+
+
+class PMat(Estimate):
+    """A symmetric matrix (P, P) over the parameters of a LayerCollection: the mean over examples of `J' M J`.
+
+    It acts on a PVector, a PFMapDense or a tensor (..., P), and answers in kind. A matrix over some layers acts on the
+    vectors of all: outside its layers it is zero, and so is its `solve`, damping included.
+
+    Args:
+        layer_collection: the parameters, in the order of the coordinates.
+        generator: runs the model; needed for `examples`, kept for updates.
+        data: what the representation stores, in place of an estimate.
+        examples: what to estimate it from: a loader, an iterable of batches, or one batch.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        MATRICES[cls.__name__] = cls
+
+    # What a representation provides: products with flat tensors (..., P), and so on.
+
+    @abstractmethod
+    def _mv(self, v: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _solve(self, v: Tensor, regul: float) -> Tensor: ...
+
+    @abstractmethod
+    def _norm(self, ord: str | int) -> Tensor: ...
+
+    @abstractmethod
+    def get_diag(self) -> Tensor:
+        """(P,), the diagonal."""
+
+    @property
+    def _sample(self) -> Tensor:
+        """A tensor of the dtype and device of the matrix."""
+        return self.data
+
+    def _solvers(self) -> dict[str, Callable[..., Tensor]]:
+        """Functions (v, regul, **options) by the names that `solve` takes."""
+        return {name: partial(solver, self) for name, solver in SOLVERS.items()} | {"default": self._solve}
+
+    def _state(self) -> dict[str, Any]:
+        """The data as named tensors and plain values."""
+        return {"data": self.data.detach()}
+
+    def _load(self, state: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> Any:
+        """The data from `_state()`, with `to` applied to its tensors."""
+        return self._checked(to(entry(state, "data")))
+
+    # Products
+
+    def mv(self, v: X) -> X:
+        """`M v`, of the type of v."""
+        flat, back = self._coordinates(v)
+        return back(self._mv(flat))
+
+    @overload
+    def __matmul__(self, other: PVector) -> PVector: ...
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: PFMapDense) -> PFMapDense: ...
+    def __matmul__(self, other: Any) -> Any:
+        return self.mv(other)
+
+    def vTMv(self, v: PVector | Tensor) -> Tensor:
+        """`v' M v`, 0-d, or (...) for a tensor (..., P). Differentiable in v, any number of times."""
+        flat, _ = self._coordinates(v)
+        return (flat * self._mv(flat)).sum(-1)
+
+    def mmap(self, pfmap: PFMapDense) -> PFMapDense:
+        """The map (k, n, P) with M applied to each of its rows."""
+        return self.mv(pfmap)
+
+    def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
+        """`j' M j` for the rows j of the map: (k, n) with reduction="diag", summed over outputs (n,) with "sum"."""
+        if reduction not in ("sum", "diag"):
+            raise ValueError(f"Unknown reduction {reduction!r}; known are 'sum' -> (n,) and 'diag' -> (k, n).")
+        rows = self.vTMv(pfmap)  # type: ignore[arg-type]
+        return rows.sum(0) if reduction == "sum" else rows
+
+    def solve(self, x: X, regul: float = 1e-8, solve: str = "default", **options: Any) -> X:
+        """`(M + regul I)^-1 x`, of the type of x: exact Tikhonov damping, whatever the representation.
+
+        Args:
+            solve: "default" is the representation's own; "cg" works for all, with the options of `solvers.cg`. Some
+                have more ("factored" damping for KFAC); `register_solver` adds others.
+
+        Raises:
+            ValueError: an unknown `solve`, a negative `regul`, or a singular matrix with `regul=0`.
+        """
+        if not regul >= 0:
+            raise ValueError(f"`regul` must not be negative; got {regul}.")
+        solvers = self._solvers()
+        if solve not in solvers:
+            raise ValueError(f"Unknown solve={solve!r}; {type(self).__name__} has {', '.join(solvers)}.")
+        flat, back = self._coordinates(x)
+        return back(solvers[solve](flat, float(regul), **options))
+
+    # Numbers
+
+    def trace(self) -> Tensor:
+        """The trace, 0-d."""
+        return self.get_diag().sum()
+
+    def norm(self, ord: str | int | None = None) -> Tensor:
+        """The norm, 0-d: Frobenius ("fro" or None), or the largest (2) or smallest (-2) singular value."""
+        if ord not in (None, "fro", 2, -2):
+            raise ValueError(f"Unknown norm {ord!r}; known are 'fro' (also None), 2 and -2.")
+        return self._norm("fro" if ord is None else ord)
+
+    def to_torch(self) -> Tensor:
+        """(P, P), a new tensor, in the order of `model.named_parameters()`.
+
+        Raises:
+            MemoryError: it would not fit.
+        """
+        numel = self.layer_collection.numel()
+        self._require_memory(f"The dense form of this {type(self).__name__}", numel**2, self.dtype, self.device)
+        return self._dense()
+
+    def _dense(self) -> Tensor:
+        return self._mv(torch.eye(self.layer_collection.numel(), dtype=self.dtype, device=self.device))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """(P, P), or one of the two."""
+        size = torch.Size((self.layer_collection.numel(),) * 2)
+        return size if dim is None else size[dim]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the results."""
+        return self._sample.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the results."""
+        return self._sample.device
+
+    def get_device(self) -> torch.device:
+        """`device`, under its name in NNGeometry."""
+        return self.device
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """The data, class, layers and count: flat, of tensors and plain values only.
+
+        `torch.load(path, weights_only=True)` reads what `torch.save(F.state_dict(), path)` wrote.
+        """
+        return header(type(self).__name__, self.n_examples, self.layer_collection) | self._state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take copies of the data of a `state_dict()`, on this matrix's device and in its dtype.
+
+        Raises:
+            ValueError: the state is of another class or of other layers, or incomplete.
+        """
+        check_match(state, type(self).__name__, self.layer_collection)
+        like = self._sample
+        self.data = self._load(state, lambda tensor: tensor.to(like, copy=True))
+        self.n_examples = state["n_examples"]
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], generator: Generator | None = None) -> Self:
+        """A matrix of the class and layers that the state names; called on PMat, of any class."""
+        check_header(state)
+        kind = MATRICES.get(state["class"])
+        if kind is None or not issubclass(kind, cls):
+            raise ValueError(f"This state_dict is of a {state['class']}, which is no {cls.__name__}.")
+        new = object.__new__(kind)
+        new.layer_collection, new.generator = layers_of(state), generator
+        new.data = new._load(state, torch.clone)
+        new.n_examples = state["n_examples"]
+        return new
+
+    # Helpers
+
+    def _coordinates(self, x: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        flat, back = coordinates(x, self.layer_collection)
+        self._check_kind(flat)
+        return flat, back
+
+    def _check_kind(self, flat: Tensor) -> None:
+        check_kind(flat, type(self).__name__, self.dtype, self.device)
+
+    def _require_memory(self, what: str, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        require_memory(what, numel, dtype, device, fitting_representations(self.layer_collection, dtype, device))
+
+    def __repr__(self) -> str:
+        count = "" if self.n_examples is None else f", {self.n_examples} examples"
+        layers = self.layer_collection
+        size = f"{layers.numel()} parameters of {len(layers)} layer{'s' * (len(layers) != 1)}"
+        return f"{type(self).__name__}({size}{count}, {self.dtype}, {self.device})"
+
+
+def entry(state: Mapping[str, Any], key: str) -> Any:
+    if key not in state:
+        raise ValueError(f"The state_dict has no {key!r}: it is incomplete.")
+    return state[key]

@@ -1,0 +1,158 @@
+"""A symmetric matrix over the parameters of one layer: what a layer-wise representation is made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nngeo.layers.collection import Layer
+from nngeo.linalg.cache import Cache
+from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.symmetric import spectral_norm
+from nngeo.representations.estimate import positive_count
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from nngeo.generators import BatchRecord, LayerRecord
+
+Statistic = tuple[Tensor | None, ...]
+
+BLOCKS: dict[str, type[Block]] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Block(ABC):
+    """A symmetric matrix over the p parameters of one layer; its operations act on the last axis of (..., p).
+
+    Fields are tensors, and a MatrixView or None. What is derived from them is cached, and never part of the state.
+    """
+
+    takes_dense: ClassVar[bool] = False  # whether there is a `from_dense`
+    _cache: Cache = field(default_factory=Cache, init=False, repr=False)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        BLOCKS[cls.__name__] = cls
+
+    # Estimation
+
+    @staticmethod
+    @abstractmethod
+    def statistic(record: LayerRecord, **options: Any) -> Statistic:
+        """What one record adds to the sums, in tensors of its own; None where it adds nothing.
+
+        A record holds some of the cotangents of a mini-batch: statistics of inputs alone count where `record.first`.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_means(cls, layer: Layer, view: MatrixView | None, *means: Tensor) -> Block:
+        """From the sums divided by the number of examples."""
+
+    @classmethod
+    @abstractmethod
+    def zeros(cls, layer: Layer, like: Tensor) -> Self:
+        """The block of a layer that no example reached, of the dtype and device of a tensor."""
+
+    @classmethod
+    def from_dense(cls, layer: Layer, matrix: Tensor) -> Block:
+        """The block that represents a matrix (p, p), as of a Hessian, which has no gradients of examples."""
+        raise NotImplementedError(f"{cls.__name__} is made of gradients of examples, not of a dense matrix.")
+
+    @classmethod
+    def stored(cls, layer: Layer) -> int:
+        """The number of entries to allocate, where it is large beside the layer's own."""
+        return 0
+
+    def second_moments(self, record: LayerRecord) -> Statistic:
+        """What one record adds to scalings in the block's own eigenbasis; nothing for a block without one."""
+        return ()
+
+    def rescaled(self, *means: Tensor) -> Block:
+        """The block with the means of `second_moments` as scalings."""
+        return self
+
+    # Algebra
+
+    @abstractmethod
+    def mv(self, v: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def solve(self, v: Tensor, regul: float) -> Tensor:
+        """`(self + regul I)^-1 v`, exactly."""
+
+    @abstractmethod
+    def diag(self) -> Tensor:
+        """(p,)."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """All p of them, in any shape and order."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Self: ...
+
+    @abstractmethod
+    def added(self, other: Self) -> Self: ...
+
+    def trace(self) -> Tensor:
+        """0-d."""
+        return self.diag().sum()
+
+    def norm(self, ord: str | int) -> Tensor:
+        """0-d; "fro", 2 or -2."""
+        return spectral_norm(self.eigenvalues(), ord)
+
+    def to_torch(self) -> Tensor:
+        """(p, p), a new tensor."""
+        diag = self.diag()
+        return self.mv(torch.eye(len(diag), dtype=diag.dtype, device=diag.device))
+
+    def solvers(self) -> dict[str, Callable[[Tensor, float], Tensor]]:
+        """Ways to solve beside the default one, by name."""
+        return {}
+
+    # State
+
+    def tensors(self) -> dict[str, Tensor | list[int | bool]]:
+        """The fields as plain values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        plain = {name: list(astuple(v)) if isinstance(v, MatrixView) else v for name, v in values.items()}
+        return {name: value for name, value in plain.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `tensors`."""
+        kept = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
+        return cls(**{name: MatrixView(*v) if isinstance(v, list) else v for name, v in kept.items()})
+
+
+@dataclass
+class Sums:
+    """Sums over mini-batches of the statistics of every layer, and the number of examples they are of."""
+
+    by_layer: dict[str, list[Tensor]] = field(default_factory=dict)
+    n_examples: int = 0
+
+    def add(self, batch: BatchRecord, statistic: Callable[[LayerRecord], Statistic]) -> None:
+        """Add one mini-batch, or the next chunk of its cotangents. Layers that it did not use add nothing."""
+        self.n_examples += batch.n_examples if batch.first else 0
+        for name, record in batch.layers.items():
+            terms = statistic(record) if record.parts else ()
+            sums = self.by_layer.setdefault(name, [])
+            if sums:
+                for total, term in zip(sums, terms, strict=False):
+                    total += term if term is not None else 0.0
+            else:
+                sums.extend(terms)  # type: ignore[arg-type]  # the first chunk of a mini-batch has all
+
+    def means(self) -> dict[str, list[Tensor]]:
+        """The sums divided by the number of examples, in their own memory."""
+        n = positive_count(self.n_examples)
+        return {name: [total.div_(n) for total in sums] for name, sums in self.by_layer.items()}

@@ -1,0 +1,100 @@
+"""Dense blocks, one for each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nngeo.layers.collection import Layer
+from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.symmetric import SymmetricMatrix
+from nngeo.representations.block import Block
+from nngeo.representations.layerwise import LayerwisePMat
+
+if TYPE_CHECKING:
+    from nngeo.generators import LayerRecord
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBlock(Block):
+    """A symmetric matrix (p, p)."""
+
+    matrix: Tensor
+
+    takes_dense = True
+
+    @staticmethod
+    def statistic(record: LayerRecord, **options: Any) -> tuple[Tensor]:
+        j = record.jacobian().flatten(0, 1)
+        return (j.mT @ j,)
+
+    @classmethod
+    def from_means(cls, layer: Layer, view: MatrixView | None, *means: Tensor) -> DenseBlock:
+        return cls(*means)
+
+    @classmethod
+    def zeros(cls, layer: Layer, like: Tensor) -> DenseBlock:
+        return cls(like.new_zeros(layer.numel(), layer.numel()))
+
+    @classmethod
+    def from_dense(cls, layer: Layer, matrix: Tensor) -> DenseBlock:
+        return cls(matrix)
+
+    @classmethod
+    def stored(cls, layer: Layer) -> int:
+        return layer.numel() ** 2
+
+    @property
+    def symmetric(self) -> SymmetricMatrix:
+        """The matrix with its decompositions."""
+        return self._cache.get("symmetric", None, lambda: SymmetricMatrix(self.matrix))
+
+    def mv(self, v: Tensor) -> Tensor:
+        return v @ self.matrix
+
+    def solve(self, v: Tensor, regul: float) -> Tensor:
+        return self.symmetric.solve(v, regul)
+
+    def diag(self) -> Tensor:
+        return self.matrix.diagonal().clone()
+
+    def eigenvalues(self) -> Tensor:
+        return self.symmetric.eigh()[0]
+
+    def norm(self, ord: str | int) -> Tensor:
+        return self.symmetric.norm(ord)
+
+    def to_torch(self) -> Tensor:
+        return self.matrix.clone()
+
+    def scaled(self, factor: float) -> DenseBlock:
+        return DenseBlock(factor * self.matrix)
+
+    def added(self, other: DenseBlock) -> DenseBlock:
+        return DenseBlock(self.matrix + other.matrix)
+
+
+class PMatBlockDiag(LayerwisePMat):
+    """The dense blocks of the layers: memory O(sum p^2), `solve` O(sum p^3) once for each `regul`.
+
+    `data` may also be given as tensors, {layer name: (p, p)}.
+
+    >>> import torch
+    >>> from nngeo.layers.collection import LayerCollection
+    >>> layers = LayerCollection.from_model(torch.nn.Linear(1, 1))
+    >>> F = PMatBlockDiag(layers, data={"": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
+    >>> F.norm(2), F.norm(-2)
+    (tensor(3.), tensor(1.))
+    """
+
+    block_type = DenseBlock
+
+    def _checked(self, data: Any) -> dict[str, Block]:
+        return super()._checked({n: DenseBlock(x) if isinstance(x, Tensor) else x for n, x in data.items()})
+
+    def get_eigendecomposition(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Eigenvalues {layer: (p,)}, ascending, and eigenvectors in columns {layer: (p, p)}."""
+        found = {name: block.symmetric.eigh() for name, block in self.data.items()}  # type: ignore[attr-defined]
+        return {name: values for name, (values, _) in found.items()}, {name: u for name, (_, u) in found.items()}

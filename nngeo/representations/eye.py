@@ -1,0 +1,86 @@
+"""Multiples of the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.symmetric import reciprocal
+from nngeo.representations.base import PMat, entry
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PMatEye(PMat):
+    """`scaling` times the identity. It acts on vectors of any dtype and device.
+
+    Args:
+        scaling: a number, or a tensor with one entry.
+        device, dtype: those of `to_torch()` and `get_diag()`; torch's defaults if None.
+
+    >>> import torch
+    >>> from nngeo.layers.collection import LayerCollection
+    >>> layers = LayerCollection.from_model(torch.nn.Linear(1, 1))
+    >>> PMatEye(layers, 3.0).mv(torch.ones(2))
+    tensor([3., 3.])
+    """
+
+    data: Tensor  # 0-d, float64
+
+    def __init__(
+        self,
+        layer_collection: LayerCollection,
+        scaling: float | Tensor = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(layer_collection, data=torch.as_tensor(scaling))
+        self._kind = torch.empty(0, device=device, dtype=dtype)
+
+    def _checked(self, data: Any) -> Tensor:
+        if data.numel() != 1:
+            raise ValueError(f"`scaling` should be one number, is a tensor {tuple(data.shape)}.")
+        # 0-d tensors on the CPU multiply those of any dtype and device, and leave both as they are.
+        return data.detach().to("cpu", torch.float64).reshape(())
+
+    def _estimate(self, examples: Any) -> tuple[Tensor, int]:
+        raise NotImplementedError("The identity is not estimated from examples; give its `scaling`.")
+
+    @property
+    def _sample(self) -> Tensor:
+        return self._kind
+
+    def _check_kind(self, flat: Tensor) -> None:
+        pass
+
+    def _mv(self, v: Tensor) -> Tensor:
+        return self.data * v
+
+    def _solve(self, v: Tensor, regul: float) -> Tensor:
+        return reciprocal(self.data, regul) * v
+
+    def get_diag(self) -> Tensor:
+        """(P,), the diagonal."""
+        return self._sample.new_full((self.layer_collection.numel(),), float(self.data))
+
+    def _norm(self, ord: str | int) -> Tensor:
+        values = self.data.abs() * (self.layer_collection.numel() ** 0.5 if ord == "fro" else 1.0)
+        return values.to(self._sample)
+
+    def _state(self) -> dict[str, Any]:
+        return {"data": self.data, "sample": self._sample}
+
+    def _load(self, state: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> Tensor:
+        self._kind = to(entry(state, "sample"))
+        return self._checked(entry(state, "data"))
+
+    def _scaled(self, factor: float) -> Self:
+        return self._like(factor * self.data, None)
+
+    def _added(self, other: Self) -> Self:
+        return self._like(self.data + other.data, None)

@@ -1,0 +1,222 @@
+"""Matrices over the outputs on some examples: Gram matrices of the Jacobian, as the neural tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.cache import Cache
+from nngeo.linalg.symmetric import SymmetricMatrix
+from nngeo.representations.estimate import Estimate, check_kind, positive_count
+from nngeo.representations.memory import require_memory
+from nngeo.vectors import FVector
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from nngeo.generators import BatchRecord, Generator
+
+
+class FMatDense(Estimate):
+    """`J J'` as `data` (k, n, l, m), between outputs k of examples n and outputs l of examples m; no division by n.
+
+    Square, unless `examples2` are given. The examples are read once, and the records of all mini-batches are kept.
+
+    Args:
+        examples: those of the rows.
+        examples2: those of the columns, for a kernel between two sets of examples.
+
+    >>> import torch
+    >>> from nngeo.layers.collection import LayerCollection
+    >>> K = FMatDense(LayerCollection(), data=torch.eye(4).reshape(2, 2, 2, 2))
+    >>> K.trace(), K.mv(FVector(torch.ones(2, 2))).to_torch()
+    (tensor(4.), tensor([[1., 1.],
+            [1., 1.]]))
+    """
+
+    data: Tensor
+
+    def __init__(
+        self,
+        layer_collection: LayerCollection,
+        generator: Generator | None = None,
+        data: Any = None,
+        examples: Any = None,
+        examples2: Any = None,
+    ):
+        self._examples2 = examples2
+        super().__init__(layer_collection, generator, data, examples)
+        self._examples2 = None
+
+    def _estimate(self, examples: Any) -> tuple[Tensor, int]:
+        rows = _Pieces.of(self._sweep(examples))
+        columns = rows if self._examples2 is None else _Pieces.of(self._sweep(self._examples2))
+        like = next(iter(rows.pieces[0].batch.layers.values())).like
+        shape = (rows.k, rows.n, columns.k, columns.n)
+        numel = rows.k * rows.n * columns.k * columns.n
+        what = f"FMatDense of {rows.k} outputs and {rows.n} examples"
+        require_memory(what, numel, like.dtype, like.device, "Use fewer examples at a time.")
+        data = like.new_empty(shape)
+        for i, row in enumerate(rows.pieces):
+            for column in columns.pieces[i:] if columns is rows else columns.pieces:
+                tile = _gram(row.batch, column.batch)
+                data[row.outputs, row.examples, column.outputs, column.examples] = tile
+                if columns is rows:
+                    data[column.outputs, column.examples, row.outputs, row.examples] = tile.permute(2, 3, 0, 1)
+        return data, rows.n
+
+    def _sweep(self, examples: Any) -> Iterable[BatchRecord]:
+        batches = self._records(examples)
+        if batches is None:
+            raise NotImplementedError("A Hessian is not made of gradients of examples, and has no Gram matrix.")
+        return batches
+
+    def _checked(self, data: Any) -> Tensor:
+        if data.ndim != 4:
+            raise ValueError(f"`data` should be (k, n, l, m), is {tuple(data.shape)}.")
+        return data
+
+    # Products
+
+    def mv(self, v: FVector) -> FVector:
+        """`K v`: an FVector (k, n) from one (l, m)."""
+        return FVector(torch.einsum("knlm,lm->kn", self.data, self._argument(v, self.data.shape[2:])))
+
+    def __matmul__(self, other: FVector) -> FVector:
+        return self.mv(other)
+
+    def vTMv(self, v: FVector) -> Tensor:
+        """`v' K v`, 0-d; differentiable in v."""
+        self._require_square("vTMv")
+        return (v.to_torch() * self.mv(v).to_torch()).sum()
+
+    def solve(self, x: FVector, regul: float = 1e-8) -> FVector:
+        """`(K + regul I)^-1 x`: O((k n)^3) once for each `regul`."""
+        self._require_square("solve")
+        if not regul >= 0:
+            raise ValueError(f"`regul` must not be negative; got {regul}.")
+        flat = self._argument(x, self.data.shape[2:])
+        return FVector(self.symmetric.solve(flat.flatten(), float(regul)).reshape(flat.shape))
+
+    # Numbers
+
+    @property
+    def symmetric(self) -> SymmetricMatrix:
+        """The matrix (k n, k n) with its decompositions."""
+        cache = self.__dict__.setdefault("_cache", Cache())
+        return cache.get("symmetric", id(self.data), lambda: SymmetricMatrix(self.data.flatten(2).flatten(0, 1)))
+
+    def trace(self) -> Tensor:
+        """0-d, the sum over examples and outputs (neural-tangents divides by the number of outputs)."""
+        self._require_square("trace")
+        return torch.einsum("knkn->", self.data)
+
+    def norm(self, ord: str | int | None = None) -> Tensor:
+        """The norm, 0-d: Frobenius ("fro" or None), or the largest (2) or smallest (-2) singular value."""
+        if ord not in (None, "fro", 2, -2):
+            raise ValueError(f"Unknown norm {ord!r}; known are 'fro' (also None), 2 and -2.")
+        if ord in (None, "fro"):
+            return self.data.norm()
+        return torch.linalg.matrix_norm(self.to_matrix(), ord)
+
+    def get_eigendecomposition(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (k n,), ascending, and eigenvectors in columns (k n, k n) of `to_matrix()`; computed once."""
+        self._require_square("get_eigendecomposition")
+        return self.symmetric.eigh()
+
+    def to_torch(self) -> Tensor:
+        """(k, n, l, m), a new tensor."""
+        return self.data.clone()
+
+    def to_matrix(self) -> Tensor:
+        """(k n, l m), a new tensor; rows are ordered output by output."""
+        return self.data.flatten(2).flatten(0, 1).clone()
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """(k, n, l, m), or one of them."""
+        return self.data.shape if dim is None else self.data.shape[dim]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the results."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the results."""
+        return self.data.device
+
+    def get_device(self) -> torch.device:
+        """`device`, under its name in NNGeometry."""
+        return self.device
+
+    # Helpers
+
+    def _argument(self, v: FVector, shape: torch.Size) -> Tensor:
+        if not isinstance(v, FVector):
+            raise TypeError(f"Expected an FVector, got {type(v).__name__}.")
+        flat = v.to_torch()
+        if flat.shape != shape:
+            raise ValueError(f"Expected an FVector {tuple(shape)}, got one of size {tuple(flat.shape)}.")
+        check_kind(flat, "FMatDense", self.dtype, self.device)
+        return flat
+
+    def _require_square(self, what: str) -> None:
+        if self.data.shape[:2] != self.data.shape[2:]:
+            raise ValueError(f"{what} needs a square matrix; this one is {tuple(self.data.shape)}.")
+
+    def _scaled(self, factor: float) -> Self:
+        return self._like(factor * self.data, self.n_examples)
+
+    def _added(self, other: Self) -> Self:
+        if self.data.shape != other.data.shape:
+            raise ValueError(f"Sum of matrices {tuple(self.data.shape)} and {tuple(other.data.shape)}.")
+        return self._like(self.data + other.data, self.n_examples)
+
+    def __repr__(self) -> str:
+        return f"FMatDense({tuple(self.data.shape)}, {self.dtype}, {self.device})"
+
+
+@dataclass
+class _Piece:
+    """A mini-batch, or a chunk of its cotangents, and where it stands among all outputs and examples."""
+
+    batch: BatchRecord
+    outputs: slice
+    examples: slice
+
+
+@dataclass
+class _Pieces:
+    pieces: list[_Piece]
+    k: int
+    n: int
+
+    @classmethod
+    def of(cls, batches: Iterable[BatchRecord]) -> _Pieces:
+        pieces: list[_Piece] = []
+        k, n = 0, 0
+        for batch in batches:
+            k = 0 if batch.first else k
+            n += batch.n_examples if batch.first else 0
+            count = next(iter(batch.layers.values())).n_cotangents
+            pieces.append(_Piece(batch, slice(k, k + count), slice(n - batch.n_examples, n)))
+            k += count
+        positive_count(n)
+        ends: dict[int, int] = {}
+        for piece in pieces:
+            ends[piece.examples.start] = piece.outputs.stop
+        if len(set(ends.values())) > 1:
+            raise ValueError(f"The mini-batches have different numbers of outputs, {sorted(set(ends.values()))}.")
+        return cls(pieces, k, n)
+
+
+def _gram(row: BatchRecord, column: BatchRecord) -> Tensor:
+    """(k, b, l, c), summed over layers."""
+    return reduce(torch.add, (record.gram(column.layers[name]) for name, record in row.layers.items()))

@@ -1,0 +1,62 @@
+"""Refuse what can't fit, before it is allocated."""
+
+from __future__ import annotations
+
+import os
+from math import prod
+
+import torch
+
+from nngeo.layers.collection import LayerCollection
+
+GIB = 2**30
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo") as meminfo:  # counts the disk cache as free, which sysconf does not
+            line = next(line for line in meminfo if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def require_memory(what: str, numel: int, dtype: torch.dtype, device: torch.device, instead: str) -> None:
+    """Nothing, if `numel` entries fit.
+
+    Raises:
+        MemoryError: how many GiB `what` takes, how many there are, and what to use `instead`.
+    """
+    needed, free = numel * dtype.itemsize, available_bytes(device)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{what} takes {needed / GIB:.3g} GiB ({numel:.3g} entries of {dtype}); "
+            f"{free / GIB:.3g} GiB are free on {device}. {instead}"
+        )
+
+
+def fitting_representations(layers: LayerCollection, dtype: torch.dtype, device: torch.device) -> str:
+    """A sentence that names the representations of these parameters that would fit."""
+    entries = {
+        "PMatBlockDiag": sum(layer.numel() ** 2 for layer in layers.layers.values()),
+        "PMatKFAC or PMatEKFAC": sum(
+            shape[0] ** 2 + prod(shape[1:]) ** 2
+            for layer in layers.layers.values()
+            for shape in layer.shapes.values()
+            if shape
+        ),
+        "PMatQuasiDiag": 2 * layers.numel(),
+        "PMatDiag": layers.numel(),
+    }
+    free = available_bytes(device)
+    fitting = [name for name, numel in entries.items() if free is None or numel * dtype.itemsize <= free]
+    return f"What would fit: {', '.join([*fitting, 'PMatImplicit'])}."
