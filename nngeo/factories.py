@@ -70,7 +70,8 @@ def FIM(
     representation takes.
 
     Raises:
-        ValueError, TypeError: an argument, the model's mode, or its outputs, with what would work instead.
+        ValueError: an argument, the model's mode, or its outputs, with what would work instead.
+        TypeError: an argument or an output of a wrong type.
         NotImplementedError: a layer, named, that the representation or the sweep can't serve.
         MemoryError: a representation too large for this machine.
 
@@ -78,7 +79,7 @@ def FIM(
     >>> from nngeo import PMatDiag, PVector
     >>> F = FIM(model, (torch.randn(10, 4),), PMatDiag)
     >>> v = PVector.from_model(model)
-    >>> float(F.vTMv(v)) > 0
+    >>> bool(F.vTMv(v) > 0)
     True
     """
     kind = _variant(variant, ignore_index, covariance)
@@ -182,7 +183,7 @@ def Hessian(
     """
     if function is None:
         raise ValueError("Hessian needs `function`, the loss: for example function=torch.nn.functional.cross_entropy.")
-    layers = layer_collection or LayerCollection.from_model(model)
+    layers = _layers(model, loader, layer_collection)
     generator = HessianGenerator(model, function, device=device, reduction=reduction, verbose=verbose)
     return _checked(representation, PMat)(layers, generator, examples=loader, **options)
 
@@ -202,7 +203,7 @@ def Jacobian(
 
     Costs a backward for each output, and k n P numbers; PFMapImplicit stores nothing.
     """
-    layers = layer_collection or LayerCollection.from_model(model)
+    layers = _layers(model, loader, layer_collection)
     generator = _rows(model, function, device, verbose, check)
     return _checked(representation, (PFMapDense, PFMapImplicit))(layers, generator, examples=loader)
 
@@ -230,7 +231,7 @@ def NTK(
     """
     if callable(other) and not isinstance(other, Tensor):
         function, other = other, None
-    layers = layer_collection or LayerCollection.from_model(model)
+    layers = _layers(model, loader, layer_collection)
     generator = _rows(model, function, device, verbose, check)
     second = {} if other is None else {"examples2": other}
     return _checked(representation, FMatDense)(layers, generator, examples=loader, **second)
@@ -243,6 +244,15 @@ def _variant(variant: VariantChoice, ignore_index: int | None, covariance: Any) 
     options = {"ignore_index": ignore_index} if ignore_index != -100 else {}
     options |= {"covariance": covariance} if covariance is not None else {}
     return make_variant(variant, **options)
+
+
+def _layers(model: nn.Module, loader: Any, layer_collection: LayerCollection | None) -> LayerCollection:
+    if loader is None:
+        raise TypeError("`loader` is None; give a DataLoader, an iterable of batches, or one batch.")
+    layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+    if not len(layers):
+        raise ValueError("`layer_collection` has no layers; make one by LayerCollection.from_model(model).")
+    return layers
 
 
 def _rows(model: nn.Module, function: Function | None, device: Device, verbose: bool, check: bool) -> JacobianGenerator:
@@ -260,7 +270,7 @@ def _matrix(
     options: dict[str, Any],
     **settings: Any,
 ) -> Matrix:
-    layers = layer_collection or LayerCollection.from_model(model)
+    layers = _layers(model, loader, layer_collection)
     generator = JacobianGenerator(model, estimator, **settings)
     return _checked(representation, PMat)(layers, generator, examples=loader, **options)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.outputs import tensor_of
+from nngeo.generators.independence import FirstExamples, check_independence, run
 from nngeo.generators.recording import Layouts, Plan, Recording, Shared
 from nngeo.generators.sources import Source, candidates, uses_of
 from nngeo.generators.untouched import untouched
@@ -29,20 +29,19 @@ _REACH = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 class Accounting:
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch):
         self.model, self.function, self.layers = model, function, layers
-        index = torch.arange(min(batch.size, 2))
-        self.pair, self.one = batch.examples(index.expand(2) if len(index) == 1 else index), batch.examples(index[:1])
-        if self.pair.size != 2:
-            self.pair = batch.examples(torch.zeros(2, dtype=torch.long))
-        self.batch, self.uses = batch, uses_of(model, layers)
+        self.examples, self.uses = FirstExamples.of(batch), uses_of(model, layers)
         self.errors: dict[str, Exception] = {}
+        self.reasons: dict[str, Exception] = {}  # the first error of each layer
         self.unused: list[str] = []
 
     def plan(self, check: bool) -> Plan:
         choices = {name: list(candidates(self.layers[name], self.uses[name], self.model)) for name in self.layers}
+        outputs = check_independence(self.model, self.function, self.examples)
         plan = Plan(self.uses, {name: choices[name][0] for name in self.layers}, self._layouts(set()))
         if not check:
             return plan
-        self.outputs, self.c, self.truth = self._truth()
+        self.outputs = outputs.detach()
+        self.c, self.truth = self._truth()
         plan.batched, plan.unused = self._can_batch(plan), self.unused
         pending = list(self.layers)
         while pending := self._wrong(plan, pending):
@@ -77,6 +76,8 @@ class Accounting:
         for source in choices[choices.index(replace(before, vectorized=True)) + 1 :]:
             if self._applies(source, plan.layouts):
                 return source
+        if isinstance(reason := self.reasons.get(name), NotImplementedError):
+            raise reason
         kind = self.layers[name].kind
         raise NotImplementedError(
             f"Gradients of single examples by the parameters of layer {name!r} ({kind}) can't be computed: run one by "
@@ -94,27 +95,13 @@ class Accounting:
             return any(layout.axis is None for call in calls for layout in call[1])
         return not source.hosts or bool(calls)
 
-    def _run(self, batch: Batch) -> Tensor:
-        with untouched(self.model), torch.enable_grad():
-            return tensor_of(batch.run(self.model, self.function))
-
-    def _run_alone(self, batch: Batch) -> None:
-        try:
-            self._run(batch)
-        except Exception as error:
-            self._run(self.batch)  # if this raises, too, the reason is not the number of examples
-            raise ValueError(
-                f"The model runs on a batch of {self.batch.size} examples, but not on {batch.size} of them alone "
-                "(normalization over the batch?): gradients of single examples are not defined."
-            ) from error
-
     def _layouts(self, added: set[str]) -> Layouts:
         """Where the examples are: the axis that doubles when one example becomes two."""
         names = [name for name, _ in self.model.named_modules()]
         shapes = []
-        for batch in (self.one, self.pair):
+        for batch in (self.examples.one, self.examples.two):
             with watch(self.model, names, batch.size, added) as seen:
-                self._run_alone(batch)
+                run(self.model, self.function, batch)
             shapes.append(seen.calls)
         one, two = shapes
         return {
@@ -128,20 +115,13 @@ class Accounting:
             for name in names
         }
 
-    def _truth(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Outputs, cotangents (3, 2, ...) that reach one example or both, gradients {layer: (2, p)} by autograd."""
+    def _truth(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cotangents (3, 2, ...) that reach one example or both, and gradients {layer: (2, p)} by autograd."""
         parameters = dict(self.layers.named_parameters(self.model))
-        before = torch.get_rng_state()
         with untouched(self.model):
             for p in parameters.values():
                 p.requires_grad_()
-            outputs = self._run(self.pair)
-            if not torch.equal(before, torch.get_rng_state()):
-                raise ValueError(
-                    "The model draws random numbers when it runs (functional dropout? sampling?), so its gradients are "
-                    "not defined. Call model.eval(), or make `function=` deterministic."
-                )
-            self._check_axis(outputs)
+            outputs = run(self.model, self.function, self.examples.two)
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(outputs.shape, generator=generator).to(outputs)
             c = torch.stack([noise] * 3) * _REACH.to(noise).view(3, 2, *[1] * (outputs.ndim - 1))
@@ -159,17 +139,7 @@ class Accounting:
         for name, layer in self.layers.layers.items():
             parts = [grads[layer.full_name(local)].reshape(2, -1) for local in layer.shapes]
             truth[name] = torch.cat(parts, 1)
-        return outputs.detach(), c, truth
-
-    def _check_axis(self, outputs: Tensor) -> None:
-        with torch.no_grad():
-            one = self._run(self.one)
-        if outputs.ndim == 0 or len(outputs) != 2 or len(one) != 1:
-            raise ValueError(
-                f"Outputs have shape {tuple(one.shape)} for one example and {tuple(outputs.shape)} for two: the first "
-                "axis should be the batch. Bring it there by `function=`, for example "
-                "function=lambda x, y: model(x).transpose(0, 1)."
-            )
+        return c, truth
 
     def _autograd(self, outputs: Tensor, parameters: list[nn.Parameter], c: Tensor) -> list[Tensor]:
         found: tuple[Tensor | None, ...] = (None,) * len(parameters)
@@ -181,7 +151,7 @@ class Accounting:
     def _can_batch(self, plan: Plan) -> bool:
         """Whether the backward pass can be vectorised; if not, cotangents are pulled one by one."""
         try:
-            Recording(self.model, self.function, self.layers, plan, self.pair).pull(self.c, retain=False)
+            Recording(self.model, self.function, self.layers, plan, self.examples.two).pull(self.c, retain=False)
         except RuntimeError as error:
             self.errors["backward"] = error
             return False
@@ -194,7 +164,7 @@ class Accounting:
         layers = LayerCollection(self.layers[name] for name in pending)
         changed = [name for name in pending if plan.sources[name].added]
         try:
-            recording = Recording(self.model, self.function, layers, partial, self.pair)
+            recording = Recording(self.model, self.function, layers, partial, self.examples.two)
             same = torch.allclose(recording.outputs, self.outputs, rtol=1e-3, atol=1e-5)
         except Exception as error:
             if not changed:
@@ -212,6 +182,7 @@ class Accounting:
             found = recording.record_of(name, grads, self.c, shared).jacobian()
         except Exception as error:  # whatever a module raises when it is run in a way it was not made for
             self.errors[name] = error
+            self.reasons.setdefault(name, error)
             return False
         own = self.truth[name].to(found)  # (2, p)
         want = own * _REACH.to(found)[..., None]

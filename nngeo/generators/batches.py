@@ -18,8 +18,9 @@ TARGET_KEYS = ("labels", "label", "target", "targets")
 class Batch:
     """One mini-batch: what the model is called with, and the targets.
 
-    A tuple or list holds inputs first and targets after them; a dict holds the model's keyword arguments, and the
-    targets under "labels" (or "label", "target", "targets").
+    A tuple or list holds the model's input first and targets after it; where a function takes the whole of it, the
+    target comes last. A dict holds the model's keyword arguments, and the target under "labels" (or "label", "target",
+    "targets").
     """
 
     content: tuple | dict[str, Any]
@@ -38,12 +39,11 @@ class Batch:
             "or a dict of the model's keyword arguments."
         )
 
-    @property
-    def targets(self) -> tuple:
-        """What follows the inputs."""
+    def targets(self, function: Function | None) -> tuple:
+        """What follows the input or, where a function takes all, the last entry."""
         if isinstance(self.content, dict):
             return tuple(self.content[key] for key in TARGET_KEYS if key in self.content)[:1]
-        return self.content[1:]
+        return self.content[1:] if function is None or len(self.content) < 2 else self.content[-1:]
 
     @property
     def inputs(self) -> tuple | dict[str, Any]:
@@ -100,9 +100,14 @@ class Examples:
             or a dict.
     """
 
+    source: Any
+    single: bool  # whether the source is one batch
+
     def __init__(self, source: Any):
-        self.source: Any = source.source if isinstance(source, Examples) else source
-        source = self.source
+        if isinstance(source, Examples):
+            self.source, self.single = source.source, source.single
+            return
+        self.source = source
         self.single = isinstance(source, Tensor | Mapping) or (
             isinstance(source, tuple | list) and len(source) > 0 and all(isinstance(part, Tensor) for part in source)
         )
@@ -112,10 +117,13 @@ class Examples:
                 "or one batch: a tensor, a tuple of tensors, or a dict."
             )
 
-    @property
-    def once(self) -> bool:
-        """Whether the batches can be iterated only once."""
-        return not self.single and iter(self.source) is self.source
+    @classmethod
+    def kept(cls, source: Any) -> Examples:
+        """Those of a source, which can be iterated again: the batches of a one-shot iterator are kept as a list."""
+        examples = cls(source)
+        if isinstance(examples.source, Iterator):
+            examples.source = list(examples.source)
+        return examples
 
     def total(self) -> int | None:
         """The number of examples, where the source can tell without being iterated (an upper bound)."""

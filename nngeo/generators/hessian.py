@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeo.generators.base import Generator, device_of
-from nngeo.generators.batches import Batch
+from nngeo.generators.base import Generator, device_of, dtype_is_one
+from nngeo.generators.batches import Batch, Examples
+from nngeo.generators.independence import check_repeatable
 from nngeo.generators.linearized import split_by_parameter
 from nngeo.generators.outputs import check_mode, tensor_of
 from nngeo.generators.record import BatchRecord
@@ -57,7 +58,7 @@ class HessianGenerator(Generator):
 
     def diagonal_blocks(self, examples: Any, layer_collection: LayerCollection) -> tuple[dict[str, Tensor], int]:
         """The diagonal blocks (p, p) of H by layer, and the number of examples."""
-        blocks, n = {}, 0
+        blocks, n, examples = {}, 0, Examples.kept(examples)
         for name, layer in layer_collection.layers.items():
             blocks[name], n = self.dense(examples, LayerCollection([layer]))
         return blocks, n
@@ -71,8 +72,11 @@ class HessianGenerator(Generator):
 
     def products(self, rows: Tensor, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
         """H applied to each row of (m, P), and the number of examples; all rows share a mini-batch's graph."""
+        dtype_is_one(self.model, layer_collection)
         total, n = torch.zeros_like(rows), 0
         for batch in self._batches(examples):
+            if not n:
+                check_repeatable(self.model, None, batch)
             with untouched(self.model), torch.enable_grad(), plain_kernels(self.model):
                 parameters = [p.requires_grad_() for p in layer_collection.parameters(self.model)]
                 loss = self._loss(batch)
@@ -94,7 +98,7 @@ class HessianGenerator(Generator):
 
     def _loss(self, batch: Batch) -> Tensor:
         prediction = batch.run(self.model, None)
-        loss = self.loss(tensor_of(prediction), *batch.targets)
+        loss = self.loss(tensor_of(prediction), *batch.targets(None))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"`function(prediction, target)` should return one number; it returned {found}.")

@@ -93,6 +93,7 @@ class JacobianGenerator(Generator):
 
     def _product(self, name: str, x: Tensor, examples: Any, layers: LayerCollection) -> Any:
         if layers not in self._linearizers:
+            dtype_is_one(self.model, layers)
             self._linearizers[layers] = Linearizer(self.model, self.function, layers)
         whole = self._linearizers[layers]
         if whole is not None:
@@ -132,7 +133,7 @@ class JacobianGenerator(Generator):
         mask = self.mask
         if mask is None and self.estimator.variant.padded and isinstance(batch.content, dict):
             mask = "attention_mask" if "attention_mask" in batch.content else None
-        c = self.estimator(outputs, batch.targets, None if mask is None else batch.mask(mask))
+        c = self.estimator(outputs, batch.targets(self.function), None if mask is None else batch.mask(mask))
         return c if c.count else Cotangents.from_tensor(torch.zeros_like(outputs)[None])
 
     def _batches(self, examples: Any) -> Iterator[Batch]:

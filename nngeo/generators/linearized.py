@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from nngeo.generators.batches import Batch, Function
+from nngeo.generators.independence import FirstExamples, check_independence
 from nngeo.generators.sources import Replay
 from nngeo.generators.untouched import untouched
 from nngeo.layers.collection import LayerCollection
@@ -39,29 +40,36 @@ class Linearizer:
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection):
         self.model, self.function, self.layers = model, function, layers
         padded = any(getattr(module, "padding_idx", None) is not None for module in model.modules())
-        self._forward_mode, self._tested = not padded, False
+        self._forward_mode = not padded
+        self._known = False  # whether the first mini-batch has been looked at
 
     def at(self, batch: Batch, v: Tensor | None) -> Linearized:
         """The model at a batch, and J v if v (P,) is given."""
         with untouched(self.model), torch.enable_grad(), plain_kernels(self.model), warnings.catch_warnings():
             # The first forward-mode derivative of a process warns about torch's own use of torch.jit.
             warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-            if v is None or not self._forward_mode:
-                return self._reverse(batch, v)
-            try:
-                found = self._forward(batch, v)
-                if self._tested or self._is_adjoint(found, v):
-                    return found
-            except (NotImplementedError, RuntimeError) as error:
-                if "forward AD" not in str(error) and "forward-mode" not in str(error):
-                    raise
-            self._forward_mode = False
-            return self._reverse(batch, v)
+            if not self._known:
+                self._look_at(FirstExamples.of(batch))
+            forward = self._forward_mode and v is not None
+            return self._forward(batch, v) if forward else self._reverse(batch, v)  # type: ignore[arg-type]
 
-    def _is_adjoint(self, found: Linearized, v: Tensor) -> bool:
-        """Whether <w, J v> = <J' w, v> for a random w."""
-        self._tested = True
-        w = torch.randn(found.outputs.shape, generator=torch.Generator().manual_seed(0)).to(found.outputs)
+    def _look_at(self, examples: FirstExamples) -> None:
+        check_independence(self.model, self.function, examples)
+        self._known = True
+        try:
+            self._forward_mode = self._forward_mode and self._is_adjoint(examples.two)
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward AD" not in str(error) and "forward-mode" not in str(error):
+                raise
+            self._forward_mode = False
+
+    def _is_adjoint(self, batch: Batch) -> bool:
+        """Whether <w, J v> = <J' w, v> for random v and w: forward mode and gradients are of one function."""
+        generator = torch.Generator().manual_seed(0)
+        like = next(self.layers.parameters(self.model))
+        v = torch.randn(self.layers.numel(), generator=generator).to(like)
+        found = self._forward(batch, v)
+        w = torch.randn(found.outputs.shape, generator=generator).to(found.outputs)
         products, others = (w * found.pushed).double(), (found.pull(w).to(v) * v).double()
         scale = products.norm() + others.norm()
         tolerance = 10 * torch.finfo(found.outputs.dtype).eps ** 0.5

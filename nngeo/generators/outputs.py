@@ -65,8 +65,14 @@ def _culprit(batch: Batch, model: nn.Module, function: Function | None) -> str:
 
 
 def check_mode(model: nn.Module) -> None:
-    """Raise for layers in train mode whose outputs mix examples or draw random numbers."""
+    """Raise for layers whose outputs mix examples or, in train mode, draw random numbers."""
     for name, module in model.named_modules():
+        alone = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+        if alone:
+            raise ValueError(
+                f"Layer {name!r} ({type(module).__name__}) has no running statistics, so it mixes the examples of a "
+                "batch: gradients of single examples are not defined. Make it with track_running_stats=True."
+            )
         if not module.training:
             continue
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0

@@ -43,7 +43,7 @@ def _signature(model: nn.Module, layers: LayerCollection, batch: Batch) -> tuple
     modules = []
     for name, module in model.named_modules():
         simple = tuple((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str))
-        called = id(vars(module).get("forward"))
+        called = (id(vars(module).get("forward")), *module._forward_hooks, *module._forward_pre_hooks)
         own = tuple((k, ids[id(p)], p.shape, p.requires_grad) for k, p in module._parameters.items() if p is not None)
         modules.append((name, type(module), simple, called, own))
     return layers, tuple(modules), str(structure), shapes

@@ -50,9 +50,7 @@ class RandomNumbers:
     """
 
     def __init__(self, source: Any):
-        owners = (source, getattr(source, "sampler", None))
-        found = [getattr(owner, "generator", None) for owner in owners]
-        self._generators = list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        self._generators = list({id(g): g for g in _generators(source)}.values())
         self._start = self._now = self._states()
 
     def restart(self) -> None:
@@ -81,3 +79,13 @@ class RandomNumbers:
             torch.cuda.set_rng_state_all(devices)
         for g, state in zip(self._generators, loaders, strict=True):
             g.set_state(state)
+
+
+def _generators(owner: Any) -> Iterator[torch.Generator]:
+    """Those of a loader, of its samplers, and of theirs."""
+    generator = getattr(owner, "generator", None)
+    if isinstance(generator, torch.Generator):
+        yield generator
+    for part in ("sampler", "batch_sampler"):
+        if getattr(owner, part, None) is not None:
+            yield from _generators(getattr(owner, part))

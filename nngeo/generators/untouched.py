@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +14,27 @@ from torch import Tensor, nn
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore buffers, `requires_grad` flags, `.grad` and tensors kept as attributes of the model on leaving.
 
-    Parameters are never written to by nngeo. Buffers are copied, because a model's forward may write to them.
+    Parameters are never written to by nngeo. The other tensors are copied, because a model's forward may write to them.
     """
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    attributes = [(vars(module), _tensors(module)) for module in model.modules()]
+    places = [place for module in model.modules() for place in (module._buffers, vars(module))]
+    before = [(place, {name: value for name, value in place.items() if _is_state(value)}) for place in places]
+    copies = [(x, x.detach().clone()) for _, found in before for x in found.values() if isinstance(x, Tensor)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
         for p, flag, grad in parameters:
             p.requires_grad_(flag)
             p.grad = grad
-        for values, before in attributes:
-            for name in [name for name, value in values.items() if isinstance(value, Tensor) and name not in before]:
-                del values[name]
-            values.update(before)
+        for place, found in before:
+            for name in [name for name, value in place.items() if isinstance(value, Tensor) and name not in found]:
+                del place[name]
+            place.update(found)
+        with torch.no_grad():
+            for x, copy in copies:
+                if not torch.equal(x, copy):
+                    x.copy_(copy)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+def _is_state(value: Any) -> bool:
+    return value is None or isinstance(value, Tensor)

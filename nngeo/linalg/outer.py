@@ -75,6 +75,10 @@ class OuterProducts:
         g = self.g.flatten(1, 3)
         return g.mT @ g / self.g.shape[3]
 
+    def moment_entries(self, sharing: Sharing = "expand") -> int:
+        """The number of entries of both moments."""
+        return len(self.g) * (self.a.shape[-1] ** 2 + self.g.shape[-1] ** 2)
+
     def rotate(self, ua: Tensor | None, ug: Tensor) -> OuterProducts:
         """The gradients `ug' G ua`; None stands for the identity."""
         return OuterProducts(self.a if ua is None else self.a @ ua[:, None], self.g @ ug[:, None, None])
@@ -134,6 +138,10 @@ class SelectedProducts:
     def output_moment(self, sharing: Sharing = "expand") -> Tensor:
         """(1, o, o)."""
         return OuterProducts(self.g, self.g).output_moment(sharing)
+
+    def moment_entries(self, sharing: Sharing = "expand") -> int:
+        """The number of entries of both moments."""
+        return (self.size**2 if sharing == "reduce" else self.size) + self.g.shape[-1] ** 2
 
     def rotate(self, ua: Tensor | None, ug: Tensor) -> SelectedProducts | OuterProducts:
         """The gradients `ug' G ua`; None stands for the identity."""

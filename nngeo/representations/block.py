@@ -66,7 +66,7 @@ class Block(ABC):
         raise NotImplementedError(f"{cls.__name__} is made of gradients of examples, not of a dense matrix.")
 
     @classmethod
-    def stored(cls, layer: Layer) -> int:
+    def stored(cls, record: LayerRecord, **options: Any) -> int:
         """The number of entries to allocate, where it is large beside the layer's own."""
         return 0
 
@@ -120,17 +120,15 @@ class Block(ABC):
 
     # State
 
-    def tensors(self) -> dict[str, Tensor | list[int | bool]]:
+    def tensors(self) -> dict[str, Tensor | list[int | bool] | None]:
         """The fields as plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        plain = {name: list(astuple(v)) if isinstance(v, MatrixView) else v for name, v in values.items()}
-        return {name: value for name, value in plain.items() if value is not None}
+        return {name: list(astuple(v)) if isinstance(v, MatrixView) else v for name, v in values.items()}
 
     @classmethod
     def from_tensors(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `tensors`."""
-        kept = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
-        return cls(**{name: MatrixView(*v) if isinstance(v, list) else v for name, v in kept.items()})
+        return cls(**{name: MatrixView(*v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 @dataclass

@@ -43,8 +43,8 @@ class DenseBlock(Block):
         return cls(matrix)
 
     @classmethod
-    def stored(cls, layer: Layer) -> int:
-        return layer.numel() ** 2
+    def stored(cls, record: LayerRecord, **options: Any) -> int:
+        return record.layer.numel() ** 2
 
     @property
     def symmetric(self) -> SymmetricMatrix:

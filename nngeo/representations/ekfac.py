@@ -33,6 +33,10 @@ class KroneckerEigenBlock(Block):
         return moments(record, options["weight_sharing"])
 
     @classmethod
+    def stored(cls, record: LayerRecord, **options: Any) -> int:
+        return record.factors().moment_entries(options["weight_sharing"])
+
+    @classmethod
     def from_means(cls, layer: Layer, view: MatrixView | None, *means: Tensor) -> KroneckerEigenBlock:
         da, dg, basis = KroneckerBlock.from_means(layer, view, *means).eigen()
         assert view is not None

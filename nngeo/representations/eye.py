@@ -38,7 +38,13 @@ class PMatEye(PMat):
         scaling: float | Tensor = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        examples: Any = None,
     ):
+        if examples is not None:
+            raise NotImplementedError(
+                "The identity is not estimated from examples: make it by PMatEye(layer_collection, `scaling`)."
+            )
         super().__init__(layer_collection, data=torch.as_tensor(scaling))
         self._kind = torch.empty(0, device=device, dtype=dtype)
 

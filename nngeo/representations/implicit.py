@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from nngeo.generators.batches import Examples
 from nngeo.layers.collection import Layer, LayerCollection
 from nngeo.representations.base import PMat
 from nngeo.representations.estimate import positive_count
@@ -48,7 +48,7 @@ class PMatImplicit(PMat):
     ):
         if data is not None:
             raise ValueError("PMatImplicit holds no data: give `generator` and `examples`.")
-        self.examples = list(examples) if isinstance(examples, Iterator) else examples
+        self.examples = None if examples is None else Examples.kept(examples)
         self.scaling = 1.0
         super().__init__(layer_collection, generator, examples=self.examples)
 

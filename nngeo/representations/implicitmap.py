@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from nngeo.generators.batches import Examples
 from nngeo.layers.collection import LayerCollection
 from nngeo.representations.maps import PFMap
 
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 class PFMapImplicit(PFMap):
     """`jvp` and `vjp` by running the model on the examples, each time. One-shot iterators are kept as a list.
 
-    >>> import torch
-    >>> from nngeo.generators import JacobianGenerator
-    >>> from nngeo.layers.collection import LayerCollection
-    >>> from nngeo.variants import Exact, make_variant
-    >>> model = torch.nn.Linear(2, 1)
-    >>> layers = LayerCollection.from_model(model)
-    >>> generator = JacobianGenerator(model, Exact(make_variant("regression")))
-    >>> J = PFMapImplicit(layers, generator, examples=(torch.eye(2),))
-    >>> J.size()
-    torch.Size([1, 2, 3])
+        >>> import torch
+        >>> from nngeo.generators import JacobianGenerator
+        >>> from nngeo.generators.batches import Examples
+    from nngeo.layers.collection import LayerCollection
+        >>> from nngeo.variants import Exact, make_variant
+        >>> model = torch.nn.Linear(2, 1)
+        >>> layers = LayerCollection.from_model(model)
+        >>> generator = JacobianGenerator(model, Exact(make_variant("regression")))
+        >>> J = PFMapImplicit(layers, generator, examples=(torch.eye(2),))
+        >>> J.size()
+        torch.Size([1, 2, 3])
     """
 
     generator: JacobianGenerator | None
@@ -43,7 +44,7 @@ class PFMapImplicit(PFMap):
     ):
         if data is not None:
             raise ValueError("PFMapImplicit holds no data: give `generator` and `examples`.")
-        self.examples = list(examples) if isinstance(examples, Iterator) else examples
+        self.examples = None if examples is None else Examples.kept(examples)
         self.scaling = 1.0
         super().__init__(layer_collection, generator, examples=self.examples)
 

@@ -47,6 +47,10 @@ class KroneckerBlock(Block):
         return moments(record, options["weight_sharing"])
 
     @classmethod
+    def stored(cls, record: LayerRecord, **options: Any) -> int:
+        return record.factors().moment_entries(options["weight_sharing"])
+
+    @classmethod
     def from_means(cls, layer: Layer, view: MatrixView | None, *means: Tensor) -> KroneckerBlock:
         assert view is not None  # else the statistic has raised
         a, g = means

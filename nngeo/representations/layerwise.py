@@ -50,7 +50,7 @@ class LayerwisePMat(PMat):
                     kinds[name] = self.block_type_for(record.layer, record.view), record.view
                 like = record.like
             if batch.first and not sums.n_examples:
-                stored = sum(kind.stored(layers[name]) for name, (kind, _) in kinds.items())
+                stored = sum(kind.stored(batch.layers[name], **options) for name, (kind, _) in kinds.items())
                 self._require_memory(f"The blocks of {type(self).__name__}", stored, like.dtype, like.device)
             sums.add(batch, lambda record: kinds[record.layer.name][0].statistic(record, **options))
         means, data = sums.means(), {}
@@ -147,7 +147,9 @@ class LayerwisePMat(PMat):
         data = {}
         for name, kind in entry(state, "blocks").items():
             keys = [f.name for f in fields(BLOCKS[kind]) if f.init]
-            values = {key: state[f"{name}/{key}"] for key in keys if f"{name}/{key}" in state}
+            if missing := [key for key in keys if f"{name}/{key}" not in state]:
+                raise ValueError(f"The state_dict of layer {name!r} is incomplete: it has no {', '.join(missing)}.")
+            values = {key: state[f"{name}/{key}"] for key in keys}
             values = {key: to(value) if isinstance(value, Tensor) else value for key, value in values.items()}
             try:
                 data[name] = BLOCKS[kind].from_tensors(values)

@@ -1,0 +1,86 @@
+"""Whether a model treats each example of a batch by itself, and always in the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nngeo.generators.batches import Batch, Function
+from nngeo.generators.outputs import check_outputs, tensor_of
+from nngeo.generators.untouched import untouched
+
+
+@dataclass(frozen=True)
+class FirstExamples:
+    """The first example of a batch, and the first two of it (the first one twice, where there is only one)."""
+
+    whole: Batch
+    one: Batch
+    two: Batch
+
+    @classmethod
+    def of(cls, batch: Batch) -> FirstExamples:
+        """Those of a batch."""
+        first = torch.tensor([0])
+        return cls(batch, batch.examples(first), batch.examples(torch.tensor([0, min(1, batch.size - 1)])))
+
+
+def run(model: nn.Module, function: Function | None, batch: Batch) -> Tensor:
+    """The outputs (b, ...), with their graph; the model comes back as it was."""
+    with untouched(model), torch.enable_grad():
+        return tensor_of(batch.run(model, function))
+
+
+def check_independence(model: nn.Module, function: Function | None, examples: FirstExamples) -> Tensor:
+    """Raise unless outputs of two examples are those of each alone; the outputs of the two.
+
+    Raises:
+        ValueError: the first axis of the outputs is not the batch; examples influence each other; the model draws
+            random numbers; outputs are not finite.
+    """
+    check_repeatable(model, function, examples.one)
+    one, two = (_run_alone(model, function, examples.whole, batch) for batch in (examples.one, examples.two))
+    if two.ndim == 0 or len(two) != 2 or len(one) != 1:
+        raise ValueError(
+            f"Outputs have shape {tuple(one.shape)} for one example and {tuple(two.shape)} for two: the first "
+            "axis should be the batch. Bring it there by `function=`, for example "
+            "function=lambda x, y: model(x).transpose(0, 1)."
+        )
+    for batch, outputs in ((examples.one, one), (examples.two, two)):
+        check_outputs(outputs, batch, model, function)
+    apart, together = one[0].detach(), two[0].detach()
+    tolerance = min(10 * torch.finfo(two.dtype).eps ** 0.5, 0.1)
+    if apart.shape != together.shape or (apart - together).norm() > tolerance * together.norm() + tolerance**2:
+        raise ValueError(
+            "The examples of a batch influence each other: the outputs of the first one are others when it is alone "
+            "(normalization over the batch?), so gradients of single examples are not defined."
+        )
+    return two
+
+
+def check_repeatable(model: nn.Module, function: Function | None, batch: Batch) -> None:
+    """Raise if the model draws random numbers."""
+    before = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            run(model, function, batch)
+        if not torch.equal(before, torch.get_rng_state()):
+            raise ValueError(
+                "The model draws random numbers when it runs (functional dropout? sampling?), so its gradients are "
+                "not defined. Call model.eval(), or make `function=` deterministic."
+            )
+    finally:
+        torch.set_rng_state(before)
+
+
+def _run_alone(model: nn.Module, function: Function | None, whole: Batch, batch: Batch) -> Tensor:
+    try:
+        return run(model, function, batch)
+    except Exception as error:
+        run(model, function, whole)  # if this raises, too, the reason is not the number of examples
+        raise ValueError(
+            f"The model runs on a batch of {whole.size} examples, but not on {batch.size} of them alone "
+            "(normalization over the batch?): gradients of single examples are not defined."
+        ) from error
