@@ -50,11 +50,12 @@ class Generator(ABC):
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
     """The device of the model, which is where batches go; raises if `device` is another one, or there are several."""
-    devices = {p.device for p in model.parameters()}
+    devices = {p.device: name for name, p in model.named_parameters()}
     if not devices:
         raise ValueError(f"{type(model).__name__} has no parameters.")
     if len(devices) > 1:
-        raise ValueError(f"The model's parameters are on {len(devices)} devices ({', '.join(map(str, devices))}).")
+        found = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(f"The parameters are on several devices ({found}); bring them to one by model.to(device).")
     (own,) = devices
     asked = own if device is None else torch.device(device)
     if asked.type != own.type or (asked.index is not None and asked.index != own.index):

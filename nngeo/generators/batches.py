@@ -55,14 +55,30 @@ class Batch:
     @property
     def size(self) -> int:
         """The number of examples: the length of the first tensor."""
-        for leaf in tree_flatten(self.content)[0]:
-            if isinstance(leaf, Tensor) and leaf.ndim:
-                return len(leaf)
+        for tensor in self.tensors():
+            if tensor.ndim:
+                return len(tensor)
         raise ValueError("A batch holds no tensor with an example axis; its examples can't be counted.")
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors in it."""
+        return [leaf for leaf in tree_flatten(self.content)[0] if isinstance(leaf, Tensor)]
+
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of its tensors, without their first axis."""
+        return [tensor.shape[1:] for tensor in self.tensors()]
+
     def to(self, device: torch.device) -> Batch:
-        """All tensors on a device."""
-        return Batch(tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, self.content))
+        """All tensors on a device; those made in inference mode are copied, because autograd can't use them."""
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            moved = leaf.to(device)
+            return moved.clone() if moved.is_inference() else moved
+
+        with torch.inference_mode(False):
+            return Batch(tree_map(move, self.content))
 
     def examples(self, index: Tensor) -> Batch:
         """The batch that holds these examples only."""

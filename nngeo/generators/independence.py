@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +24,20 @@ class FirstExamples:
     @classmethod
     def of(cls, batch: Batch) -> FirstExamples:
         """Those of a batch."""
-        first = torch.tensor([0])
-        return cls(batch, batch.examples(first), batch.examples(torch.tensor([0, min(1, batch.size - 1)])))
+        two = torch.tensor([0, min(1, batch.size - 1)], device="cpu")
+        return cls(batch, batch.examples(two[:1]), batch.examples(two))
 
 
 def run(model: nn.Module, function: Function | None, batch: Batch) -> Tensor:
     """The outputs (b, ...), with their graph; the model comes back as it was."""
     with untouched(model), torch.enable_grad():
-        return tensor_of(batch.run(model, function))
+        try:
+            return tensor_of(batch.run(model, function))
+        except RuntimeError as error:
+            own, given = _dtypes(model.parameters()), _dtypes(batch.tensors())
+            if "dtype" not in str(error) or own == given:
+                raise
+            raise ValueError(f"The model's parameters are {own}, the batches {given}: {error}.") from error
 
 
 def check_independence(model: nn.Module, function: Function | None, examples: FirstExamples) -> Tensor:
@@ -61,18 +68,34 @@ def check_independence(model: nn.Module, function: Function | None, examples: Fi
 
 
 def check_repeatable(model: nn.Module, function: Function | None, batch: Batch) -> None:
-    """Raise if the model draws random numbers."""
-    before = torch.get_rng_state()
+    """Raise if the model draws random numbers, or changes its input."""
+    before, versions = _random_states(), [x._version for x in batch.tensors()]
     try:
         with torch.no_grad():
             run(model, function, batch)
-        if not torch.equal(before, torch.get_rng_state()):
+        if any(not torch.equal(s, t) for s, t in zip(before, _random_states(), strict=True)):
             raise ValueError(
                 "The model draws random numbers when it runs (functional dropout? sampling?), so its gradients are "
                 "not defined. Call model.eval(), or make `function=` deterministic."
             )
+        if versions != [x._version for x in batch.tensors()]:
+            raise NotImplementedError(
+                "The model changes its input in place, so it can't be run again on the same data. Replace the in-place "
+                "operation (`x.div_(2)`, `x += y`) by `x = x / 2`."
+            )
     finally:
-        torch.set_rng_state(before)
+        torch.set_rng_state(before[0])
+        if len(before) > 1:
+            torch.cuda.set_rng_state_all(before[1:])
+
+
+def _random_states() -> list[Tensor]:
+    """Of the CPU, and of the GPUs if they are used."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(sorted({str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()})) or "integers"
 
 
 def _run_alone(model: nn.Module, function: Function | None, whole: Batch, batch: Batch) -> Tensor:

@@ -13,10 +13,9 @@ from nngeo.generators.base import Generator, device_of, dtype_is_one
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.linearized import Linearizer
 from nngeo.generators.outputs import check_mode, check_outputs
-from nngeo.generators.plans import plan_for
+from nngeo.generators.plans import Planner
 from nngeo.generators.products import LayerwiseProducts, WholeModelProducts
 from nngeo.generators.record import BatchRecord
-from nngeo.generators.recording import Recording
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
 from nngeo.variants import Cotangents, Estimator
@@ -61,17 +60,17 @@ class JacobianGenerator(Generator):
         Costs a forward for each mini-batch and a backward for each cotangent, both without gradients by weights.
         """
         dtype_is_one(self.model, layer_collection)
+        planner = Planner(self.model, self.function, layer_collection, self.check)
         warned = False
         for batch in self._batches(examples):
-            plan = plan_for(self.model, self.function, layer_collection, batch, self.check)
-            if plan.unused and not warned:
+            recording = planner.record(batch)
+            if (unused := recording.plan.unused) and not warned:
                 warned = True
                 warnings.warn(
-                    f"The outputs do not depend on {', '.join(plan.unused)}: their gradients are zero. "
+                    f"The outputs do not depend on {', '.join(unused)}: their gradients are zero. "
                     "Leave them out by `layer_collection=LayerCollection.from_model(model, layers=...)`.",
                     stacklevel=2,
                 )
-            recording = Recording(self.model, self.function, layer_collection, plan, batch)
             c = self._cotangents(recording.outputs.detach(), batch)
             step = max(1, BUDGET // max(1, recording.elements()))
             for start in range(0, c.count, step):

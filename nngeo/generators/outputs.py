@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nngeo.generators.batches import Batch, Function
+from nngeo.generators.untouched import untouched
 
 
 def tensor_of(outputs: Any) -> Tensor:
@@ -56,7 +57,7 @@ def _culprit(batch: Batch, model: nn.Module, function: Function | None) -> str:
 
     handles = [note(name, module) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
+        with untouched(model), torch.no_grad():
             batch.run(model, function)
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""Plans of sweeps, remembered for the structure of a model."""
+"""Plans of sweeps, remembered for the structure of a model, and made anew where a batch does not fit them."""
 
 from __future__ import annotations
 
@@ -10,40 +10,98 @@ from torch.utils._pytree import tree_flatten
 
 from nngeo.generators.accounting import Accounting
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.recording import Plan
+from nngeo.generators.recording import Plan, Recording
+from nngeo.generators.watch import LayoutChanged
 from nngeo.layers.collection import LayerCollection
 
 _PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-def plan_for(
-    model: nn.Module, function: Function | None, layers: LayerCollection, batch: Batch, check: bool = True
-) -> Plan:
-    """The plan of a sweep, remembered for the structure of the model.
+class Planner:
+    """Records mini-batches of one model and function by a plan.
 
-    Raises:
-        ValueError: the examples of a batch influence each other, or the model draws random numbers.
-        NotImplementedError: gradients of a layer can't be computed; the layer is named.
+    A plan holds as long as the modules, their plain attributes, hooks and parameters stay what they are. What else a
+    function refers to, a flag in its closure say, is taken to stay the same as well.
     """
-    known = _PLANS.setdefault(model, {})
-    reference = None if function is None else weakref.ref(function)
-    key = (check, _signature(model, layers, batch), reference)
-    if key not in known:
-        for old in [old for old in known if old[-1] is not None and old[-1]() is None]:
-            del known[old]  # of a function that is gone
-        known[key] = Accounting(model, function, layers, batch).plan(check)
-    return known[key]
+
+    def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, check: bool):
+        self.model, self.function, self.layers, self.check = model, function, layers, check
+        self._own: dict[Any, Plan] = {}  # of a function that can't be a key of the plans remembered for all
+        self._signature = _signature(model, layers)
+
+    def plan(self, batch: Batch) -> Plan:
+        """The plan for a batch.
+
+        Raises:
+            ValueError: the examples of a batch influence each other, or the model draws random numbers.
+            NotImplementedError: gradients of a layer can't be computed; the layer is named.
+        """
+        known, key = self._place(batch)
+        if key not in known:
+            known[key] = Accounting(self.model, self.function, self.layers, batch).plan(self.check)
+        return known[key]
+
+    def record(self, batch: Batch) -> Recording:
+        """A batch's outputs and calls. Where modules see other tensors than planned, the plan is made anew.
+
+        If that happens with inputs of the shape it was made for, it is the data that decide which rows a module sees
+        (as the experts of a mixture do), and its layers are served by a module around it.
+        """
+        plan, banned = self.plan(batch), set()
+        known, key = self._place(batch)
+        while True:
+            try:
+                return Recording(self.model, self.function, self.layers, plan, batch)
+            except LayoutChanged as change:
+                if plan.shapes == batch.shapes():
+                    banned.add(change.host)
+                plan = Accounting(self.model, self.function, self.layers, batch, banned).plan(self.check)
+                known[key] = plan
+
+    def _place(self, batch: Batch) -> tuple[dict[Any, Plan], Any]:
+        """The dictionary that remembers the plan, and its key there."""
+        leaves, structure = tree_flatten(batch.content)
+        kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+        key = (self.check, self._signature, str(structure), kinds)
+        if self.function is None:
+            return _PLANS.setdefault(self.model, {}), (*key, None)
+        try:
+            known, function = _PLANS.setdefault(self.model, {}), weakref.ref(self.function)
+            for old in [old for old in known if old[-1] is not None and old[-1]() is None]:
+                del known[old]  # of a function that is gone
+            hash(function)
+        except TypeError:  # no weak references, or no hash
+            return self._own, key
+        return known, (*key, function)
 
 
-def _signature(model: nn.Module, layers: LayerCollection, batch: Batch) -> tuple:
-    """What the plan depends on; equal for equal structures."""
-    leaves, structure = tree_flatten(batch.content)
-    shapes = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+def _signature(model: nn.Module, layers: LayerCollection) -> tuple:
+    """What a plan depends on; equal for equal structures."""
     ids = {id(p): name for name, p in model.named_parameters()}
-    modules = []
+    modules, seen = [], dict[int, Any]()
     for name, module in model.named_modules():
-        simple = tuple((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str))
-        called = (id(vars(module).get("forward")), *module._forward_hooks, *module._forward_pre_hooks)
+        values = tuple((k, _plain(v, seen)) for k, v in vars(module).items() if k not in _OF_MODULES)
+        hooks = (*module._forward_hooks, *module._forward_pre_hooks)
         own = tuple((k, ids[id(p)], p.shape, p.requires_grad) for k, p in module._parameters.items() if p is not None)
-        modules.append((name, type(module), simple, called, own))
-    return layers, tuple(modules), str(structure), shapes
+        modules.append((name, type(module), values, hooks, own))
+    return layers, tuple(modules)
+
+
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _plain(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
+    """Something hashable that changes where a setting does: with plain values, in containers and plain objects, too."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if callable(value):
+        return id(value)
+    if depth == 0 or isinstance(value, Tensor):
+        return type(value)
+    if id(value) not in seen:
+        seen[id(value)] = type(value)  # of what contains itself
+        parts = value.items() if isinstance(value, dict) else getattr(value, "__dict__", {}).items()
+        items = enumerate(value) if isinstance(value, list | tuple) else parts
+        found = tuple((k if isinstance(k, str | int) else type(k), _plain(v, seen, depth - 1)) for k, v in items)
+        seen[id(value)] = (type(value), found)
+    return seen[id(value)]

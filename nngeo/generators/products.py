@@ -36,7 +36,7 @@ class WholeModelProducts:
             at = self.linearizer.at(batch, v)
             c = self.cotangents(at.outputs, batch)
             products = [c.chunk(j, j + 1) * at.pushed for j in range(c.count)]
-            found.append(torch.cat([product.reshape(1, batch.size, -1).sum(-1) for product in products]))
+            found.append(torch.cat([product.reshape(1, batch.size, -1).to(v).sum(-1) for product in products]))
         return torch.cat(found, 1)
 
     def vjp(self, batches: Iterator[Batch], u: Tensor) -> Tensor:

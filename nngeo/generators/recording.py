@@ -23,7 +23,7 @@ from nngeo.generators.sources import (
     whole_gradients,
 )
 from nngeo.generators.untouched import untouched
-from nngeo.generators.watch import Layout, Watch, watch
+from nngeo.generators.watch import Call, Layout, LayoutChanged, Watch, watch
 from nngeo.layers.collection import Layer, LayerCollection
 from nngeo.layers.rule import Gradients, LinearMapRule, assemble, rule_for
 
@@ -43,6 +43,7 @@ class Plan:
     layouts: Layouts = field(default_factory=dict)
     batched: bool = True  # whether the backward pass can be vectorised over cotangents
     unused: list[str] = field(default_factory=list)  # parameters that the outputs do not depend on
+    shapes: list[torch.Size] = field(default_factory=list)  # of the tensors of one example, in the batch it was made on
 
     def hosts(self) -> set[str]:
         """The modules to watch."""
@@ -78,6 +79,28 @@ class Recording:
             watch(model, plan.hosts(), batch.size, plan.added()) as self.seen,
         ):
             self.outputs = tensor_of(batch.run(model, function))
+        for host, calls in self.seen.calls.items():
+            for j, call in enumerate(calls):
+                self._check_layout(host, j, call)
+
+    def _check_layout(self, host: str, j: int, call: Call) -> None:
+        """Raise LayoutChanged where the plan may misread a call.
+
+        Positions folded into the batch may be more or fewer with other inputs, but not with inputs of the same shape:
+        then which rows belong to an example depends on the data. Where there was one, their order is not known.
+        """
+        if not self.plan.layouts.get(host):
+            raise LayoutChanged(host)
+        arguments, outputs = self.plan.layouts_of(host, j)
+        shapes = [leaf.shape if isinstance(leaf, Tensor) else None for leaf in call.arguments]
+        for layout, shape in zip([*arguments, *outputs], [*shapes, *call.returned], strict=False):
+            if layout.axis is None or shape is None:
+                continue
+            size, b = shape[layout.axis] if layout.axis < len(shape) else 0, self.batch.size
+            if size == layout.entries * b:
+                continue
+            if size % b or size == 0 or layout.entries == 1 or self.plan.shapes == self.batch.shapes():
+                raise LayoutChanged(host)
 
     def elements(self) -> int:
         """The size of the gradients that one cotangent leaves at all watched modules."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nngeo.generators.batches import Batch, Examples
@@ -22,12 +23,12 @@ class Sweeps:
     def batches(self, source: Any, device: torch.device, verbose: bool) -> Iterator[Batch]:
         """The batches of a loader (or whatever `Examples` takes), on a device."""
         examples = Examples(source)
-        random = self._random_of(examples.source)
-        random.restart()
+        numbers = self._random_of(examples.source)
+        numbers.restart()
         with tqdm(total=examples.total(), unit=" examples", disable=not verbose) as bar:
             batches = iter(examples)
             while True:
-                with random.active():
+                with numbers.active():
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -35,9 +36,9 @@ class Sweeps:
                 bar.update(batch.size)
 
     def _random_of(self, source: Any) -> RandomNumbers:
-        for known, random in self._random:
+        for known, numbers in self._random:
             if known is source:
-                return random
+                return numbers
         self._random.append((source, RandomNumbers(source)))
         return self._random[-1][1]
 
@@ -46,7 +47,8 @@ class RandomNumbers:
     """Those of a sweep: the same in every sweep, and apart from the user's.
 
     A shuffling loader gives the same order, and random augmentations the same images, in every sweep that `restart`
-    begins. Nothing global is held between two uses of `active`.
+    begins. Torch's numbers, those of Python and of numpy; but not those of the workers of a loader with
+    `persistent_workers`. Nothing global is held between two uses of `active`.
     """
 
     def __init__(self, source: Any):
@@ -68,17 +70,20 @@ class RandomNumbers:
             self._now = self._states()
             self._set(before)
 
-    def _states(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return torch.get_rng_state(), devices, [g.get_state() for g in self._generators]
+    def _states(self) -> list[tuple[Callable[[Any], Any], Any]]:
+        """Functions that set a state, and the states."""
+        states: list[tuple[Callable[[Any], Any], Any]] = [
+            (torch.set_rng_state, torch.get_rng_state()),
+            (random.setstate, random.getstate()),
+            (np.random.set_state, np.random.get_state()),
+        ]
+        if torch.cuda.is_initialized():
+            states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+        return states + [(g.set_state, g.get_state()) for g in self._generators]
 
-    def _set(self, states: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
-        cpu, devices, loaders = states
-        torch.set_rng_state(cpu)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-        for g, state in zip(self._generators, loaders, strict=True):
-            g.set_state(state)
+    def _set(self, states: list[tuple[Callable[[Any], Any], Any]]) -> None:
+        for put, state in states:
+            put(state)
 
 
 def _generators(owner: Any) -> Iterator[torch.Generator]:

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, `requires_grad` flags, `.grad` and tensors kept as attributes of the model on leaving.
+    """Restore buffers, `requires_grad` flags, `.grad`, and tensors and plain values kept as attributes, on leaving.
 
     Parameters are never written to by nngeo. The other tensors are copied, because a model's forward may write to them.
+    Inside, inference mode is off.
     """
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     places = [place for module in model.modules() for place in (module._buffers, vars(module))]
     before = [(place, {name: value for name, value in place.items() if _is_state(value)}) for place in places]
     copies = [(x, x.detach().clone()) for _, found in before for x in found.values() if isinstance(x, Tensor)]
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for p, flag, grad in parameters:
             p.requires_grad_(flag)
@@ -37,4 +39,4 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _is_state(value: Any) -> bool:
-    return value is None or isinstance(value, Tensor)
+    return value is None or isinstance(value, Tensor | bool | int | float | str)

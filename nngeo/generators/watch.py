@@ -24,7 +24,7 @@ class Layout:
     axis: int | None
     position_major: bool = False
     added: bool = False  # the axis was put in front by the sweep; one example does not have it
-    folded: bool = False  # one example has more than one entry on the axis
+    entries: int = 1  # m, in the batch in which the layout was found
 
     def split(self, tensor: Tensor, b: int, lead: int = 0) -> Tensor:
         """(b, *what one example has), m entries on the axis; after `lead` axes of another kind."""
@@ -33,11 +33,6 @@ class Layout:
         if self.added:
             return tensor
         axis = self.axis + lead
-        if tensor.shape[axis] % b:
-            raise ValueError(
-                f"A tensor of shape {tuple(tensor.shape)} should hold {b} examples along axis {axis}, as it did in the "
-                "first batch. Is the model the same for every batch size?"
-            )
         m = tensor.shape[axis] // b
         return tensor.unflatten(axis, (m, b) if self.position_major else (b, m)).movedim(
             axis + self.position_major, lead
@@ -49,7 +44,15 @@ class Layout:
         axes = [axis for axis, (s, t) in enumerate(zip(one, two, strict=False)) if t == 2 * s and s > 0]
         if not axes or len(one) != len(two):
             return cls(None)
-        return cls(axes[0], folded=one[axes[0]] > 1)
+        return cls(axes[0], entries=one[axes[0]])
+
+
+class LayoutChanged(Exception):
+    """A module saw tensors that are not laid out as in the batch for which the plan was made."""
+
+    def __init__(self, host: str):
+        super().__init__(host)
+        self.host = host
 
 
 @dataclass

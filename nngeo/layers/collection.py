@@ -73,6 +73,8 @@ class LayerCollection:
         """
         owners = [(module, layer) for module, layer in _owners(model, frozen) if layer.shapes]
         chosen = [layer for _, layer in owners] if layers is None else _choose(owners, layers)
+        if not chosen and owners:
+            raise ValueError(f"`layers` chooses none of the layers {_listed(owners)}.")
         if not chosen:
             hint = "" if frozen else " that require a gradient; pass `frozen=True` for the others"
             raise ValueError(f"{type(model).__name__} has no parameters{hint}.")
@@ -84,7 +86,7 @@ class LayerCollection:
 
     def add_layer_from_model(self, model: nn.Module, module: nn.Module) -> None:
         """Append the layer of one module of the model."""
-        found = [layer for owner, layer in _owners(model, frozen=True) if owner is module]
+        found = [layer for owner, layer in _owners(model, frozen=True) if owner is module and layer.shapes]
         if not found:
             raise ValueError(f"This {type(module).__name__} owns no parameters of the model, or is not part of it.")
         self.add_layer(found[0])
@@ -210,9 +212,11 @@ def _owners(model: nn.Module, frozen: bool) -> Iterator[tuple[nn.Module, Layer]]
 
 
 def _choose(owners: list[tuple[nn.Module, Layer]], layers: object) -> list[Layer]:
-    if callable(layers) and not isinstance(layers, type):
+    if callable(layers) and not isinstance(layers, type | nn.Module):
         return [layer for module, layer in owners if layers(layer.name, module)]
-    choices = [layers] if isinstance(layers, str | type) else list(layers)  # type: ignore[call-overload]
+    if isinstance(layers, nn.Module) or not isinstance(layers, str | type | Iterable):
+        raise TypeError(f"`layers` is {layers!r}; give names, module types, or one predicate (name, module).")
+    choices = [layers] if isinstance(layers, str | type) else list(layers)
     chosen = set()
     for choice in choices:
         if isinstance(choice, str):
@@ -222,7 +226,10 @@ def _choose(owners: list[tuple[nn.Module, Layer]], layers: object) -> list[Layer
         else:
             raise TypeError(f"`layers` holds {choice!r}; give names, module types, or one predicate (name, module).")
         if not names:
-            known = ", ".join(f"{layer.name!r} ({layer.kind})" for _, layer in owners)
-            raise ValueError(f"`layers` names {choice!r}, which no layer with parameters is; there are {known}.")
+            raise ValueError(f"`layers` names {choice!r}, which no layer is; there are {_listed(owners)}.")
         chosen |= names
     return [layer for _, layer in owners if layer.name in chosen]
+
+
+def _listed(owners: list[tuple[nn.Module, Layer]]) -> str:
+    return ", ".join(f"{layer.name!r} ({layer.kind})" for _, layer in owners)

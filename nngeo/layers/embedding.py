@@ -29,7 +29,7 @@ class EmbeddingRule(LinearMapRule):
     def gradients(self, module, x, g, layer, names):
         index, g = self.inputs(module, x), self.outgrads(module, g)
         padding = -1 if module.padding_idx is None else module.padding_idx
-        keep = torch.as_tensor(index != padding)
+        keep = index != padding
         products = SelectedProducts(index, keep, module.num_embeddings, g)
         return Gradients(self.view(module, layer), products)
 

@@ -45,7 +45,7 @@ class PMatEye(PMat):
             raise NotImplementedError(
                 "The identity is not estimated from examples: make it by PMatEye(layer_collection, `scaling`)."
             )
-        super().__init__(layer_collection, data=torch.as_tensor(scaling))
+        super().__init__(layer_collection, data=torch.as_tensor(scaling, device="cpu"))
         self._kind = torch.empty(0, device=device, dtype=dtype)
 
     def _checked(self, data: Any) -> Tensor:

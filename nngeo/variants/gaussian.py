@@ -98,7 +98,11 @@ def _by_example(mask: Tensor) -> bool:
 
 def _checked(covariance: Any) -> Tensor:
     """The covariance as a detached floating-point tensor: (), (o,) or (o, o), positive."""
-    given = covariance.detach() if isinstance(covariance, Tensor) else torch.as_tensor(covariance, dtype=torch.float64)
+    given = (
+        covariance.detach()
+        if isinstance(covariance, Tensor)
+        else torch.as_tensor(covariance, dtype=torch.float64, device="cpu")
+    )
     given = given.to(torch.promote_types(given.dtype, torch.float32))
     if given.ndim > 2 or (given.ndim == 2 and given.shape[0] != given.shape[1]):
         raise ValueError(f"`covariance` must be a number, (o,) or (o, o); found shape {tuple(given.shape)}.")

@@ -1,4 +1,4 @@
-"""Matrices and maps of a network from examples: glue between variants, generators and representations, no math."""
+"""Fisher and Gauss-Newton matrices of a network, in any representation: glue, no math."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nngeo.generators import HessianGenerator, JacobianGenerator
+from nngeo.factories.arguments import Device, Mask, VariantChoice, checked, layers_for
+from nngeo.generators import JacobianGenerator
 from nngeo.generators.batches import Function
 from nngeo.layers import LayerCollection
-from nngeo.representations import FMatDense, PFMapDense, PFMapImplicit, PMat
+from nngeo.representations import PMat
 from nngeo.variants import Empirical, Estimator, Exact, MonteCarlo, OutputHessian, Variant, make_variant
 
 Matrix = TypeVar("Matrix", bound=PMat)
-Mask = Callable[[Any], Tensor] | str
-VariantChoice = str | Variant | Callable[..., Tensor]
-Device = torch.device | str | None
 
 
 def FIM(
@@ -160,105 +158,10 @@ def GGN(
     )  # fmt: skip
 
 
-def Hessian(
-    model: nn.Module,
-    loader: Any,
-    representation: type[Matrix],
-    function: Callable[..., Tensor] | None = None,
-    layer_collection: LayerCollection | None = None,
-    verbose: bool = False,
-    *,
-    device: Device = None,
-    reduction: str = "sum",
-    **options: Any,
-) -> Matrix:
-    """The Hessian of a loss by the parameters, the sum over batches of that of `function(prediction, *targets)`.
-
-    By double backward: two gradients for each product with a vector. PMatDense, PMatBlockDiag, PMatDiag and
-    PMatImplicit hold it; the others are made of outer products, which an indefinite matrix is not.
-
-    Args:
-        function: the loss of a batch. A loss that averages over the batch makes the sum depend on the batch size.
-        reduction: "sum", or "mean": the sum divided by the number of examples (for losses that sum over the batch).
-    """
-    if function is None:
-        raise ValueError("Hessian needs `function`, the loss: for example function=torch.nn.functional.cross_entropy.")
-    layers = _layers(model, loader, layer_collection)
-    generator = HessianGenerator(model, function, device=device, reduction=reduction, verbose=verbose)
-    return _checked(representation, PMat)(layers, generator, examples=loader, **options)
-
-
-def Jacobian(
-    model: nn.Module,
-    loader: Any,
-    function: Function | None = None,
-    representation: type[PFMapDense] | type[PFMapImplicit] = PFMapDense,
-    layer_collection: LayerCollection | None = None,
-    *,
-    device: Device = None,
-    verbose: bool = False,
-    check: bool = True,
-) -> Any:
-    """Jacobians of all examples, a map from parameters to outputs: (k, n, P), k outputs and n examples.
-
-    Costs a backward for each output, and k n P numbers; PFMapImplicit stores nothing.
-    """
-    layers = _layers(model, loader, layer_collection)
-    generator = _rows(model, function, device, verbose, check)
-    return _checked(representation, (PFMapDense, PFMapImplicit))(layers, generator, examples=loader)
-
-
-def NTK(
-    model: nn.Module,
-    loader: Any,
-    other: Any = None,
-    representation: type[FMatDense] = FMatDense,
-    layer_collection: LayerCollection | None = None,
-    *,
-    function: Function | None = None,
-    device: Device = None,
-    verbose: bool = False,
-    check: bool = True,
-) -> FMatDense:
-    """The neural tangent kernel `J J'` of the examples, (k, n, k, n): their Gram matrix in parameter space.
-
-    Gradients are not formed where inner products of a layer's inputs and output gradients give the same. Each batch is
-    run once, so a loader that shuffles is fine. The trace sums over outputs (neural-tangents divides by their number).
-
-    Args:
-        other: examples of the columns, for the cross kernel (k, n, k, m) of two sets; by default those of the rows.
-            A function in this place is taken for `function`, as in NNGeometry's GramMatrix.
-    """
-    if callable(other) and not isinstance(other, Tensor):
-        function, other = other, None
-    layers = _layers(model, loader, layer_collection)
-    generator = _rows(model, function, device, verbose, check)
-    second = {} if other is None else {"examples2": other}
-    return _checked(representation, FMatDense)(layers, generator, examples=loader, **second)
-
-
-GramMatrix = NTK
-
-
 def _variant(variant: VariantChoice, ignore_index: int | None, covariance: Any) -> Variant:
     options = {"ignore_index": ignore_index} if ignore_index != -100 else {}
     options |= {"covariance": covariance} if covariance is not None else {}
     return make_variant(variant, **options)
-
-
-def _layers(model: nn.Module, loader: Any, layer_collection: LayerCollection | None) -> LayerCollection:
-    if loader is None:
-        raise TypeError("`loader` is None; give a DataLoader, an iterable of batches, or one batch.")
-    layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-    if not len(layers):
-        raise ValueError("`layer_collection` has no layers; make one by LayerCollection.from_model(model).")
-    return layers
-
-
-def _rows(model: nn.Module, function: Function | None, device: Device, verbose: bool, check: bool) -> JacobianGenerator:
-    return JacobianGenerator(
-        model, Exact(make_variant("identity")), function, device=device, verbose=verbose, check=check
-    )
 
 
 def _matrix(
@@ -270,16 +173,6 @@ def _matrix(
     options: dict[str, Any],
     **settings: Any,
 ) -> Matrix:
-    layers = _layers(model, loader, layer_collection)
+    layers = layers_for(model, loader, layer_collection)
     generator = JacobianGenerator(model, estimator, **settings)
-    return _checked(representation, PMat)(layers, generator, examples=loader, **options)
-
-
-def _checked(representation: Any, base: type | tuple[type, ...]) -> Any:
-    if not (isinstance(representation, type) and issubclass(representation, base)):
-        bases = base if isinstance(base, tuple) else (base,)
-        raise TypeError(
-            f"`representation` is {representation!r}; it should be a class: "
-            f"{' or '.join(kind.__name__ for kind in bases)}, such as PMatDiag, PMatKFAC, FMatDense or PFMapDense."
-        )
-    return representation
+    return checked(representation, (PMat,), options)(layers, generator, examples=loader, **options)
