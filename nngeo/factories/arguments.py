@@ -49,4 +49,4 @@ def checked(representation: Any, bases: tuple[type, ...], options: Collection[st
 
 def _is_one(name: str, bases: tuple[type, ...]) -> bool:
     kind = getattr(representations, name)
-    return isinstance(kind, type) and issubclass(kind, bases) and not inspect.isabstract(kind)
+    return name.startswith(("PMat", "FMat", "PFMap")) and issubclass(kind, bases) and not inspect.isabstract(kind)

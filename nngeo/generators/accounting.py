@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.independence import FirstExamples, check_independence, run
 from nngeo.generators.recording import Layouts, Plan, Recording, Shared
+from nngeo.generators.routing import Routing
 from nngeo.generators.sources import Source, candidates, uses_of
 from nngeo.generators.untouched import untouched
 from nngeo.generators.watch import Layout, watch
@@ -49,7 +50,9 @@ class Accounting:
         choices = {name: self._candidates(name) for name in self.layers}
         outputs = check_independence(self.model, self.function, self.examples)
         sources = {name: choices[name][0] for name in self.layers}
-        plan = Plan(self.uses, sources, self._layouts(set()), shapes=self.examples.whole.shapes())
+        with Routing() as routing:
+            layouts = self._layouts(set())
+        plan = Plan(self.uses, sources, layouts, shapes=self.examples.whole.shapes(), routed=routing.found)
         if not check:
             return plan
         self.outputs = outputs.detach()

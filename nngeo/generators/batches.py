@@ -88,7 +88,8 @@ class Batch:
             with_examples = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size
             return leaf[index.to(leaf.device)] if with_examples else leaf
 
-        return Batch(tree_map(take, self.content))
+        with torch.inference_mode(False):
+            return Batch(tree_map(take, self.content))
 
     def run(self, model: nn.Module, function: Function | None) -> Any:
         """`function(*batch)`, or the model on the inputs."""

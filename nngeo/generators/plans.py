@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 from nngeo.generators.accounting import Accounting
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.recording import Plan, Recording
+from nngeo.generators.routing import check_rows
 from nngeo.generators.watch import LayoutChanged
 from nngeo.layers.collection import LayerCollection
 
@@ -51,7 +52,10 @@ class Planner:
         known, key = self._place(batch)
         while True:
             try:
-                return Recording(self.model, self.function, self.layers, plan, batch)
+                recording = Recording(self.model, self.function, self.layers, plan, batch)
+                if plan.routed:
+                    check_rows(recording)
+                return recording
             except LayoutChanged as change:
                 if plan.shapes == batch.shapes():
                     banned.add(change.host)

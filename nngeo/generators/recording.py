@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -43,6 +43,7 @@ class Plan:
     layouts: Layouts = field(default_factory=dict)
     batched: bool = True  # whether the backward pass can be vectorised over cotangents
     unused: list[str] = field(default_factory=list)  # parameters that the outputs do not depend on
+    routed: bool = False  # whether rows are picked by tensors, so that each batch has to be tested
     shapes: list[torch.Size] = field(default_factory=list)  # of the tensors of one example, in the batch it was made on
 
     def hosts(self) -> set[str]:
@@ -143,17 +144,20 @@ class Recording:
         parts = []
         for host in source.hosts:
             module, names = self.model.get_submodule(host), self.plan.names(layer, host)
-            for j, (call, g) in enumerate(zip(self.seen.calls[host], grads[host], strict=True)):
-                if all(grad is None for grad in g):
-                    continue  # the outputs do not depend on this call
+            for j, (view, call, g) in enumerate(self.views(host, source, grads[host])):
                 call.check_unchanged(host)
-                view = View(source, *self.plan.layouts_of(host, j), self.batch.size)
                 if source.fast:
                     parts.append(fast_gradients(module, call, view, g, layer, names))
                     continue
                 compute = partial(generic_gradients, module, call, view, g, self._wanted(source, host))
                 parts.append(_picked(layer, names, shared.setdefault((host, j, source), cache(compute))))
         return parts
+
+    def views(self, host: str, source: Source, grads: list) -> Iterator[tuple[View, Call, list[Tensor | None]]]:
+        """The calls of a host on which the outputs depend, with how to read them, and the gradients there."""
+        for j, (call, g) in enumerate(zip(self.seen.calls[host], grads, strict=True)):
+            if any(grad is not None for grad in g):
+                yield View(source, *self.plan.layouts_of(host, j), self.batch.size), call, g
 
     def _wanted(self, source: Source, host: str) -> list[str]:
         """The host's parameters that some layer with this source needs: they are computed together."""
