@@ -22,8 +22,7 @@ class PFMapImplicit(PFMap):
 
         >>> import torch
         >>> from nngeo.generators import JacobianGenerator
-        >>> from nngeo.generators.batches import Examples
-    from nngeo.layers.collection import LayerCollection
+    >>> from nngeo.layers.collection import LayerCollection
         >>> from nngeo.variants import Exact, make_variant
         >>> model = torch.nn.Linear(2, 1)
         >>> layers = LayerCollection.from_model(model)
