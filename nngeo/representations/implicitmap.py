@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 class PFMapImplicit(PFMap):
     """`jvp` and `vjp` by running the model on the examples, each time. One-shot iterators are kept as a list.
 
-        >>> import torch
-        >>> from nngeo.generators import JacobianGenerator
+    >>> import torch
+    >>> from nngeo.generators import JacobianGenerator
     >>> from nngeo.layers.collection import LayerCollection
-        >>> from nngeo.variants import Exact, make_variant
-        >>> model = torch.nn.Linear(2, 1)
-        >>> layers = LayerCollection.from_model(model)
-        >>> generator = JacobianGenerator(model, Exact(make_variant("regression")))
-        >>> J = PFMapImplicit(layers, generator, examples=(torch.eye(2),))
-        >>> J.size()
-        torch.Size([1, 2, 3])
+    >>> from nngeo.variants import Exact, make_variant
+    >>> model = torch.nn.Linear(2, 1)
+    >>> layers = LayerCollection.from_model(model)
+    >>> generator = JacobianGenerator(model, Exact(make_variant("regression")))
+    >>> J = PFMapImplicit(layers, generator, examples=(torch.eye(2),))
+    >>> J.size()
+    torch.Size([1, 2, 3])
     """
 
     generator: JacobianGenerator | None
