@@ -20,12 +20,9 @@ from nngeo.generators.independence import FirstExamples, check_independence, run
 from nngeo.generators.recording import Layouts, Plan, Recording, Shared
 from nngeo.generators.routing import Routing
 from nngeo.generators.sources import Source, candidates, uses_of
-from nngeo.generators.untouched import untouched
+from nngeo.generators.truth import Truth
 from nngeo.generators.watch import Layout, watch
 from nngeo.layers.collection import LayerCollection
-
-# Which examples each cotangent of the check reaches. There are three, so that no axis is mistaken for another.
-_REACH = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], device="cpu")
 
 
 class Accounting:
@@ -44,22 +41,21 @@ class Accounting:
         self.examples, self.uses = FirstExamples.of(batch), uses_of(model, layers)
         self.errors: dict[str, Exception] = {}
         self.reasons: dict[str, Exception] = {}  # the first error of each layer
-        self.unused: list[str] = []
 
     def plan(self, check: bool) -> Plan:
+        """The plan; without `check` the first source of each layer, and the layouts."""
         choices = {name: self._candidates(name) for name in self.layers}
-        outputs = check_independence(self.model, self.function, self.examples)
+        check_independence(self.model, self.function, self.examples)
         sources = {name: choices[name][0] for name in self.layers}
         with Routing() as routing:
             layouts = self._layouts(set())
         plan = Plan(self.uses, sources, layouts, shapes=self.examples.whole.shapes(), routed=routing.found)
         if not check:
             return plan
-        self.outputs = outputs.detach()
-        self.c, self.truth = self._truth()
-        plan.batched, plan.unused = self._can_batch(plan), self.unused
+        truth = Truth.of(self.model, self.function, self.layers, self.examples.two)
+        plan.batched, plan.unused = self._can_batch(plan, truth), truth.unused
         pending = list(self.layers)
-        while pending := self._wrong(plan, pending):
+        while pending := self._wrong(plan, pending, truth):
             self._move_on(plan, pending, choices)
         return plan
 
@@ -134,55 +130,22 @@ class Accounting:
             for name in names
         }
 
-    def _truth(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cotangents (3, 2, ...) that reach one example or both, and gradients {layer: (2, p)} by autograd."""
-        parameters = dict(self.layers.named_parameters(self.model))
-        with untouched(self.model):
-            for p in parameters.values():
-                p.requires_grad_()
-            outputs = run(self.model, self.function, self.examples.two)
-            generator = torch.Generator("cpu").manual_seed(0)
-            noise = torch.randn(outputs.shape, generator=generator, device="cpu").to(outputs)
-            c = torch.stack([noise] * 3) * _REACH.to(noise).view(3, 2, *[1] * (outputs.ndim - 1))
-            try:
-                rows = [self._autograd(outputs, list(parameters.values()), row) for row in c[:2]]
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-                raise NotImplementedError(
-                    "The model uses activation checkpointing with use_reentrant=True, which hides its graph from "
-                    "autograd.grad. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-                ) from error
-        grads = {name: torch.stack(pair) for name, pair in zip(parameters, zip(*rows, strict=True), strict=True)}
-        truth = {}
-        for name, layer in self.layers.layers.items():
-            parts = [grads[layer.full_name(local)].reshape(2, -1) for local in layer.shapes]
-            truth[name] = torch.cat(parts, 1)
-        return c, truth
-
-    def _autograd(self, outputs: Tensor, parameters: list[nn.Parameter], c: Tensor) -> list[Tensor]:
-        found: tuple[Tensor | None, ...] = (None,) * len(parameters)
-        if outputs.requires_grad:
-            found = torch.autograd.grad(outputs, parameters, c, retain_graph=True, allow_unused=True)
-        self.unused = [name for name, g in zip(self.layers.names, found, strict=True) if g is None]
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-
-    def _can_batch(self, plan: Plan) -> bool:
+    def _can_batch(self, plan: Plan, truth: Truth) -> bool:
         """Whether the backward pass can be vectorised; if not, cotangents are pulled one by one."""
         try:
-            Recording(self.model, self.function, self.layers, plan, self.examples.two).pull(self.c, retain=False)
-        except RuntimeError as error:
-            self.errors["backward"] = error
+            recording = Recording(self.model, self.function, self.layers, plan, self.examples.two)
+            recording.pull(truth.cotangents, retain=False)
+        except RuntimeError:
             return False
         return True
 
-    def _wrong(self, plan: Plan, pending: list[str]) -> list[str]:
+    def _wrong(self, plan: Plan, pending: list[str], truth: Truth) -> list[str]:
         """The layers whose gradients differ from autograd's."""
         self.errors = {}
         changed = [name for name in pending if plan.sources[name].added]
         try:
             recording = Recording(self.model, self.function, self.layers, plan, self.examples.two)
-            same = torch.allclose(recording.outputs, self.outputs, rtol=1e-3, atol=1e-5)
+            same = torch.allclose(recording.outputs, truth.outputs, rtol=1e-3, atol=1e-5)
         except Exception as error:
             if not changed:
                 raise
@@ -191,24 +154,19 @@ class Accounting:
         if changed and not same:
             rest = [name for name in pending if name not in changed]
             without = {name: replace(s, added=s.added and name not in changed) for name, s in plan.sources.items()}
-            return changed + (self._wrong(replace(plan, sources=without), rest) if rest else [])
-        grads, shared = recording.pull(self.c, retain=False), Shared()
-        return [name for name in pending if not self._agrees(recording, name, grads, shared)]
+            return changed + (self._wrong(replace(plan, sources=without), rest, truth) if rest else [])
+        grads: dict = recording.pull(truth.cotangents, retain=False)
+        shared: Shared = {}
+        return [name for name in pending if not self._agrees(recording, name, grads, shared, truth)]
 
-    def _agrees(self, recording: Recording, name: str, grads: dict, shared: Shared) -> bool:
+    def _agrees(self, recording: Recording, name: str, grads: dict, shared: Shared, truth: Truth) -> bool:
         try:
-            found = recording.record_of(name, grads, self.c, shared).jacobian()
+            found = recording.record_of(name, grads, truth.cotangents, shared).jacobian()
         except Exception as error:  # whatever a module raises when it is run in a way it was not made for
             self.errors[name] = error
             self.reasons.setdefault(name, error)
             return False
-        own = self.truth[name].to(found)  # (2, p)
-        want = own * _REACH.to(found)[..., None]
-        precision = torch.finfo(self.outputs.dtype).eps
-        everything = max(float(g.abs().max()) for g in self.truth.values() if g.numel())
-        rounding = min(1e3 * precision, 0.03) * everything
-        tolerance = min(10 * precision**0.5, 0.1) * float(own.norm()) + rounding
-        return bool((found - want).norm() <= tolerance)
+        return truth.agrees(name, found)
 
 
 def _layout(one: Any, two: Any) -> Layout:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
-from nngeo.layers.rule import Gradients
+from nngeo.layers.rule import Factored, Gradients
 from nngeo.linalg.outer import MatrixView, OuterProducts, SelectedProducts, concatenate
 
 
@@ -32,13 +32,13 @@ class LayerRecord:
     @property
     def view(self) -> MatrixView | None:
         """How the parameters are a matrix; None where the layer has no Kronecker factors."""
-        views = [part.view for part in self.parts]
-        kinds = {type(part.products) for part in self.parts}
-        return views[0] if views and len(kinds) == 1 and all(view == views[0] for view in views) else None
+        factored = [part for part in self.parts if isinstance(part, Factored)]
+        forms = {(part.view, type(part.products)) for part in factored}
+        return factored[0].view if len(forms) == 1 and len(factored) == len(self.parts) else None
 
     @cached_property
     def _factors(self) -> OuterProducts | SelectedProducts:
-        products: Any = [part.products for part in self.parts]
+        products: Any = [part.products for part in self.parts if isinstance(part, Factored)]
         return concatenate(products)
 
     def factors(self) -> OuterProducts | SelectedProducts:

@@ -25,13 +25,11 @@ from nngeo.generators.sources import (
 from nngeo.generators.untouched import untouched
 from nngeo.generators.watch import Call, Layout, LayoutChanged, Watch, watch
 from nngeo.layers.collection import Layer, LayerCollection
-from nngeo.layers.rule import Gradients, LinearMapRule, assemble, rule_for
+from nngeo.layers.rule import Computed, Gradients, LinearMapRule, assemble, rule_for
 
 Layouts = dict[str, list[tuple[list[Layout], list[Layout]]]]  # by module, for each call: of arguments, of outputs
 
-
-class Shared(dict[tuple, Callable[[], dict[str, Tensor]]]):
-    """What the generic rule finds at a call, computed once for all layers that need it."""
+Shared = dict[tuple, Callable[[], dict[str, Tensor]]]  # what the generic rule finds at a call, for all its layers
 
 
 @dataclass
@@ -127,7 +125,8 @@ class Recording:
 
     def records(self, c: Tensor, *, first: bool = True, retain: bool = False) -> BatchRecord:
         """What cotangents c (k, b, ...) leave at every layer; with `retain` more may follow."""
-        grads, shared = self.pull(c, retain), Shared()
+        grads = self.pull(c, retain)
+        shared: Shared = {}
         records = {name: self.record_of(name, grads, c, shared, first) for name in self.layers}
         return BatchRecord(records, self.batch.size, first)
 
@@ -180,7 +179,7 @@ def _picked(layer: Layer, names: dict[str, str], compute: Callable[[], dict[str,
         like = next(iter(found.values()))
         return assemble(layer, {names[name]: found[name] for name in names}, like.shape[:2], like)
 
-    return Gradients(None, None, dense)
+    return Computed(dense)
 
 
 def _backward(outputs: Tensor, edges: list, c: Tensor, retain: bool, batched: bool) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +16,10 @@ from nngeo.generators.batches import Batch, Examples
 
 
 class Sweeps:
-    """Iterates over examples, with a progress bar; each source gives the same batches in the same order every time."""
+    """Iterates over examples, with a progress bar; each loader gives the same batches in the same order every time."""
 
     def __init__(self) -> None:
-        self._random: list[tuple[Any, RandomNumbers]] = []
+        self._random: weakref.WeakKeyDictionary[Any, RandomNumbers] = weakref.WeakKeyDictionary()
 
     def batches(self, source: Any, device: torch.device, verbose: bool) -> Iterator[Batch]:
         """The batches of a loader (or whatever `Examples` takes), on a device."""
@@ -36,11 +37,10 @@ class Sweeps:
                 bar.update(batch.size)
 
     def _random_of(self, source: Any) -> RandomNumbers:
-        for known, numbers in self._random:
-            if known is source:
-                return numbers
-        self._random.append((source, RandomNumbers(source)))
-        return self._random[-1][1]
+        try:
+            return self._random.setdefault(source, RandomNumbers(source))
+        except TypeError:  # tuples, lists and dicts: nothing is drawn in iterating over them
+            return RandomNumbers(source)
 
 
 class RandomNumbers:

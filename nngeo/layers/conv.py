@@ -22,7 +22,7 @@ def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
 class ConvolutionRule(LinearMapRule):
     """Convolutions over any number of axes; grouped ones are n maps side by side."""
 
-    def groups(self, module):
+    def groups(self, module: Any) -> int:
         return module.groups
 
     def windows(self, module: Any, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class ConvolutionRule(LinearMapRule):
         pads = _padding(module)
         return patches(F.pad(x, pads, mode) if any(pads) else x, module.kernel_size, module.stride, module.dilation)
 
-    def inputs(self, module, x):
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
         b, m, c = x.shape[:3]
         n, space = module.groups, len(module.kernel_size)
         windows = self.windows(module, x.flatten(0, 1))
@@ -39,7 +39,7 @@ class ConvolutionRule(LinearMapRule):
         windows = windows.reshape(b, m, n, c // n, *windows.shape[2:])
         return windows.permute(2, 0, 1, 4, 3, 5).reshape(n, b, m * windows.shape[4], -1)
 
-    def outgrads(self, module, g):
+    def outgrads(self, module: Any, g: Tensor) -> Tensor:
         k, b, m, c = g.shape[:4]
         n = module.groups
         g = g.reshape(k, b, m, n, c // n, -1)
@@ -57,14 +57,15 @@ class ConvTransposeRule(ConvolutionRule):
 
     transposed = True
 
-    def kernel(self, module):
+    def kernel(self, module: Any) -> int:
         return torch.Size(module.kernel_size).numel()
 
-    def windows(self, module, x):
+    def windows(self, module: Any, x: Tensor) -> Tensor:
         kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
         sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
         spread = x.new_zeros(*x.shape[:2], *sizes)
-        spread[(..., *(slice(None, None, step) for step in stride))] = x
+        entries: Any = (..., *(slice(None, None, step) for step in stride))
+        spread[entries] = x
         pads: list[int] = []
         for size, step, pad, extra in zip(kernel, dilation, module.padding, module.output_padding, strict=True):
             margin = (size - 1) * step - pad

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 from nngeo.layers.rule import LinearMapRule, register_rule
 
@@ -11,10 +13,10 @@ from nngeo.layers.rule import LinearMapRule, register_rule
 class LinearRule(LinearMapRule):
     """`out[..., :] = W in[..., :] + bias`; all axes between the example and the features are positions."""
 
-    def inputs(self, module, x):
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
         return x.flatten(1, -2)[None]
 
-    def outgrads(self, module, g):
+    def outgrads(self, module: Any, g: Tensor) -> Tensor:
         return g.flatten(2, -2)[None]
 
 

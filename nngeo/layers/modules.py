@@ -34,7 +34,7 @@ class Affine1d(nn.Module):
 class AffineRule(TrailingAxesRule):
     """Affine1d: nothing is normalized."""
 
-    def normalized(self, module, x):
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
         return x
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nngeo.layers.rule import ScaleRule, register_rule
 
@@ -11,14 +13,14 @@ from nngeo.layers.rule import ScaleRule, register_rule
 class TrailingAxesRule(ScaleRule):
     """Layers whose weight spans the last axes."""
 
-    def positions(self, module, tensor):
+    def positions(self, module: Any, tensor: Tensor) -> Tensor:
         return tensor.flatten(-module.weight.ndim).flatten(2, -2)
 
 
 class ChannelRule(ScaleRule):
     """Layers with one weight a channel, the axis after the batch."""
 
-    def positions(self, module, tensor):
+    def positions(self, module: Any, tensor: Tensor) -> Tensor:
         return tensor.movedim(3, -1).flatten(2, -2)
 
 
@@ -26,7 +28,7 @@ class ChannelRule(ScaleRule):
 class LayerNormRule(TrailingAxesRule):
     """Mean and variance over the last axes."""
 
-    def normalized(self, module, x):
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
 
 
@@ -36,7 +38,7 @@ class RMSNormRule(TrailingAxesRule):
 
     parameters = ("weight",)
 
-    def normalized(self, module, x):
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
         return F.rms_norm(x, module.normalized_shape, eps=module.eps)
 
 
@@ -44,7 +46,7 @@ class RMSNormRule(TrailingAxesRule):
 class GroupNormRule(ChannelRule):
     """Mean and variance over groups of channels."""
 
-    def normalized(self, module, x):
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
         return F.group_norm(x, module.num_groups, eps=module.eps)
 
 
@@ -52,10 +54,10 @@ class GroupNormRule(ChannelRule):
 class BatchNormRule(ChannelRule):
     """Running statistics: a fixed scale and shift in eval mode."""
 
-    def serves(self, module):
+    def serves(self, module: Any) -> bool:
         return super().serves(module) and module.running_mean is not None  # else examples are normalized together
 
-    def normalized(self, module, x):
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
         mean, var = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
         return F.batch_norm(x, mean, var, eps=module.eps)
 
@@ -64,7 +66,7 @@ class BatchNormRule(ChannelRule):
 class InstanceNormRule(ChannelRule):
     """Statistics of each example's channels, or running ones."""
 
-    def normalized(self, module, x):
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
         if module.running_mean is None:
             return F.instance_norm(x, eps=module.eps)
         mean, var = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)

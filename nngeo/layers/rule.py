@@ -22,23 +22,33 @@ from nngeo.linalg.outer import MatrixView, OuterProducts, SelectedProducts
 Names = Mapping[str, str]  # parameter name in the called module -> parameter name in the layer
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients (k, b, p) by the parameters of one layer, from one call of one module.
+class Gradients(ABC):
+    """Gradients (k, b, p) by the parameters of one layer, from one call of one module."""
 
-    Either as factors, seen through a MatrixView, or as a function that computes them.
-    """
-
-    view: MatrixView | None
-    products: OuterProducts | SelectedProducts | None
-    compute: Callable[[], Tensor] | None = None
-
+    @abstractmethod
     def dense(self) -> Tensor:
         """(k, b, p)."""
-        if self.compute is not None:
-            return self.compute()
-        assert self.view is not None and self.products is not None
+
+
+@dataclass(frozen=True)
+class Factored(Gradients):
+    """Gradients of a linear map, as factors; the view says which matrix the parameters are."""
+
+    view: MatrixView
+    products: OuterProducts | SelectedProducts
+
+    def dense(self) -> Tensor:
         return self.view.to_flat(self.products.dense())
+
+
+@dataclass(frozen=True)
+class Computed(Gradients):
+    """Gradients that are computed when asked for."""
+
+    compute: Callable[[], Tensor]
+
+    def dense(self) -> Tensor:
+        return self.compute()
 
 
 class LayerRule(ABC):
@@ -87,19 +97,19 @@ class LinearMapRule(LayerRule):
         owned = columns if "weight" in layer.shapes else 0
         return MatrixView(n, rows, owned, "bias" in layer.shapes, self.transposed, size)
 
-    def gradients(self, module, x, g, layer, names):
+    def gradients(self, module: Any, x: Tensor, g: Tensor, layer: Layer, names: Names) -> Gradients:
         view, owned = self.view(module, layer), {names[name] for name in names}
         a = self.inputs(module, x)[..., : view.columns]
         a = a if "weight" in owned else torch.zeros_like(a)
         # The bias is the weight of a constant input: 1, or 0 where this call's bias is another layer's.
         a = F.pad(a, (0, 1), value=float("bias" in owned)) if view.bias else a
-        return Gradients(view, OuterProducts(a, self.outgrads(module, g)))
+        return Factored(view, OuterProducts(a, self.outgrads(module, g)))
 
-    def nothing(self, module: Any, layer: Layer, k: int, b: int, like: Tensor) -> Gradients:
+    def nothing(self, module: Any, layer: Layer, k: int, b: int, like: Tensor) -> Factored:
         """Zero gradients, for a layer that is not called."""
         view = self.view(module, layer)
         n, o, i = view.shape
-        return Gradients(view, OuterProducts(like.new_zeros(n, b, 1, i), like.new_zeros(n, k, b, 1, o)))
+        return Factored(view, OuterProducts(like.new_zeros(n, b, 1, i), like.new_zeros(n, k, b, 1, o)))
 
 
 class ScaleRule(LayerRule):
@@ -113,14 +123,14 @@ class ScaleRule(LayerRule):
     def positions(self, module: Any, tensor: Tensor) -> Tensor:
         """(k, b, m, *output of the layer) -> (k, b, t, entries of the weight)."""
 
-    def gradients(self, module, x, g, layer, names):
+    def gradients(self, module: Any, x: Tensor, g: Tensor, layer: Layer, names: Names) -> Gradients:
         def compute() -> Tensor:
             scaled = self.normalized(module, x.flatten(0, 1)).unflatten(0, x.shape[:2])
             parts = {"weight": g * scaled, "bias": g}
             sums = {names[name]: self.positions(module, parts[name]).sum(-2) for name in names}
             return assemble(layer, sums, g.shape[:2], g)
 
-        return Gradients(None, None, compute)
+        return Computed(compute)
 
 
 def assemble(layer: Layer, parts: Mapping[str, Tensor], lead: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:

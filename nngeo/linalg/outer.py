@@ -57,7 +57,10 @@ class OuterProducts:
         ghost = pairs * (i + k * m * (o + 1))
         dense = n * o * i * (k * b * t + m * c * s + k * b * m * c)
         if t * s > 1 and (dense < ghost or pairs * k * m > 4 * BUDGET):
-            return torch.einsum("kbnoi,lcnoi->kblc", self.dense(), other.dense())
+            step = max(1, BUDGET // max(1, n * i * max(k * b, m * c)))
+            rows = [slice(start, start + step) for start in range(0, o, step)]
+            parts = ((OuterProducts(x.a, x.g[..., row]).dense() for x in (self, other)) for row in rows)
+            return sum((torch.einsum("kbnoi,lcnoi->kblc", x, y) for x, y in parts), self.g.new_zeros(k, b, m, c))
         inputs = torch.einsum("nbti,ncsi->nbtcs", self.a, other.a)
         outputs = torch.einsum("nkbto,nlcso->nkbtlcs", self.g, other.g)
         return torch.einsum("nbtcs,nkbtlcs->kblc", inputs, outputs)

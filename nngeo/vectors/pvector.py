@@ -53,7 +53,7 @@ class PVector(Arithmetic):
     @classmethod
     def from_model(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
         """The parameters themselves, not copies: differentiable, and changed by in-place arithmetic."""
-        layers = layer_collection or LayerCollection.from_model(model)
+        layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
         return cls.from_dict(layers, dict(layers.named_parameters(model)))
 
     @classmethod
@@ -70,7 +70,7 @@ class PVector(Arithmetic):
         """
         if missing not in ("error", "zero"):
             raise ValueError(f"`missing` must be 'error' or 'zero'; found {missing!r}.")
-        layers = layer_collection or LayerCollection.from_model(model)
+        layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
         parameters = dict(layers.named_parameters(model))
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
         if without and missing == "error":
