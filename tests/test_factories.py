@@ -139,7 +139,6 @@ LOADERS = {
     "generator": lambda x, y: ((x[b : b + 1], y[b : b + 1]) for b in range(len(x))),
     "zip": lambda x, y: zip(x.split(5), y.split(5), strict=True),
     "tuple": lambda x, y: (x, y),
-    "two_tensors": lambda x, y: [x, y],
     "input_alone": lambda x, y: x,
     "inputs_alone": lambda x, y: (x,),
     "dict": lambda x, y: {"input": x, "labels": y},

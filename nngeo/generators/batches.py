@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 Function = Callable[..., Any]
 TARGET_KEYS = ("labels", "label", "target", "targets")
+INPUT_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """The number of examples: the length of the first tensor."""
-        for tensor in self.tensors():
+        """The number of examples: the length of the first tensor; in a dict, of an input as it is usually called."""
+        named = self.content if isinstance(self.content, dict) else {}
+        usual = [named[key] for key in (*INPUT_KEYS, *TARGET_KEYS) if isinstance(named.get(key), Tensor)]
+        for tensor in [*usual, *self.tensors()]:
             if tensor.ndim:
                 return len(tensor)
         raise ValueError("A batch holds no tensor with an example axis; its examples can't be counted.")
@@ -113,8 +116,7 @@ class Examples:
     """Batches that can be iterated again, with the number of examples if it is known beforehand.
 
     Args:
-        source: a DataLoader or any iterable of batches, or one batch: a tensor, a tuple (or a list of tensors only),
-            or a dict.
+        source: a DataLoader or any iterable of batches, or one batch: a tensor, a tuple of tensors, or a dict.
     """
 
     source: Any
@@ -125,9 +127,13 @@ class Examples:
             self.source, self.single = source.source, source.single
             return
         self.source = source
-        self.single = isinstance(source, Tensor | Mapping) or (
-            isinstance(source, tuple | list) and len(source) > 0 and all(isinstance(part, Tensor) for part in source)
-        )
+        tensors = isinstance(source, tuple | list) and len(source) > 0 and all(isinstance(x, Tensor) for x in source)
+        if tensors and isinstance(source, list) and len(source) > 1:
+            raise ValueError(
+                "`loader` is a list of tensors, which could be one batch or several. Give a tuple for one batch, "
+                "tuple(batch); or a list of tuples, [(x,) for x in batches]."
+            )
+        self.single = isinstance(source, Tensor | Mapping) or (tensors and isinstance(source, tuple))
         if not self.single and not isinstance(source, Iterable):
             raise TypeError(
                 f"`loader` is a {type(source).__name__}; give a DataLoader, any iterable of batches, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +12,24 @@ from nngeo.generators.batches import Batch, Function
 from nngeo.generators.outputs import check_outputs, tensor_of
 from nngeo.generators.untouched import untouched
 
+FEW = 6  # examples on which a model is looked at before a sweep
+
 
 @dataclass(frozen=True)
 class FirstExamples:
-    """The first example of a batch, and the first two of it (the first one twice, where there is only one)."""
+    """One example of a batch, and a few, that one first (it alone, twice, where there is only one)."""
 
     whole: Batch
     one: Batch
-    two: Batch
+    few: Batch
 
     @classmethod
-    def of(cls, batch: Batch) -> FirstExamples:
-        """Those of a batch."""
-        two = torch.tensor([0, min(1, batch.size - 1)], device="cpu")
-        return cls(batch, batch.examples(two[:1]), batch.examples(two))
+    def of(cls, batch: Batch, front: Sequence[int] = ()) -> FirstExamples:
+        """The first ones of a batch, those in `front` before them."""
+        order = [*front, *(e for e in range(min(batch.size, FEW)) if e not in front)][:FEW]
+        # Not one, and not as many as there are cotangents: no axis is mistaken for another.
+        few = torch.tensor(order + order[:1] if len(order) in (1, 3) else order, device="cpu")
+        return cls(batch, batch.examples(few[:1]), batch.examples(few))
 
 
 def run(model: nn.Module, function: Function | None, batch: Batch) -> Tensor:
@@ -41,30 +45,30 @@ def run(model: nn.Module, function: Function | None, batch: Batch) -> Tensor:
 
 
 def check_independence(model: nn.Module, function: Function | None, examples: FirstExamples) -> Tensor:
-    """Raise unless outputs of two examples are those of each alone; the outputs of the two.
+    """Raise unless the outputs of an example are the same when it is alone and among a few; the outputs of the few.
 
     Raises:
         ValueError: the first axis of the outputs is not the batch; examples influence each other; the model draws
             random numbers; outputs are not finite.
     """
-    check_repeatable(model, function, examples.one)
-    one, two = (_run_alone(model, function, examples.whole, batch) for batch in (examples.one, examples.two))
-    if two.ndim == 0 or len(two) != 2 or len(one) != 1:
+    check_repeatable(model, function, examples.few)
+    one, few = (_run_alone(model, function, examples.whole, batch) for batch in (examples.one, examples.few))
+    if few.ndim == 0 or len(few) != examples.few.size or one.ndim == 0 or len(one) != 1:
         raise ValueError(
-            f"Outputs have shape {tuple(one.shape)} for one example and {tuple(two.shape)} for two: the first "
-            "axis should be the batch. Bring it there by `function=`, for example "
+            f"Outputs have shape {tuple(one.shape)} for one example and {tuple(few.shape)} for {examples.few.size}: "
+            "the first axis should be the batch. Bring it there by `function=`, for example "
             "function=lambda x, y: model(x).transpose(0, 1)."
         )
-    for batch, outputs in ((examples.one, one), (examples.two, two)):
+    for batch, outputs in ((examples.one, one), (examples.few, few)):
         check_outputs(outputs, batch, model, function)
-    apart, together = one[0].detach(), two[0].detach()
-    tolerance = min(10 * torch.finfo(two.dtype).eps ** 0.5, 0.1)
+    apart, together = one[0].detach(), few[0].detach()
+    tolerance = min(10 * torch.finfo(few.dtype).eps ** 0.5, 0.1)
     if apart.shape != together.shape or (apart - together).norm() > tolerance * together.norm() + tolerance**2:
         raise ValueError(
             "The examples of a batch influence each other: the outputs of the first one are others when it is alone "
             "(normalization over the batch?), so gradients of single examples are not defined."
         )
-    return two
+    return few
 
 
 def check_repeatable(model: nn.Module, function: Function | None, batch: Batch) -> None:
@@ -72,12 +76,14 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch) 
     before, versions = _random_states(), [x._version for x in batch.tensors()]
     try:
         with torch.no_grad():
-            run(model, function, batch)
-        if any(not torch.equal(s, t) for s, t in zip(before, _random_states(), strict=True)):
-            raise ValueError(
-                "The model draws random numbers when it runs (functional dropout? sampling?), so its gradients are "
-                "not defined. Call model.eval(), or make `function=` deterministic."
-            )
+            outputs = run(model, function, batch)
+            after = _random_states()
+            draws = any(not torch.equal(s, t) for s, t in zip(before, after, strict=True))
+            if draws and any(not torch.equal(outputs, run(model, function, batch)) for _ in range(3)):
+                raise ValueError(
+                    "The outputs depend on random numbers (functional dropout? sampling?), so their gradients are not "
+                    "defined. Call model.eval(), or make `function=` deterministic."
+                )
         if versions != [x._version for x in batch.tensors()]:
             raise NotImplementedError(
                 "The model changes its input in place, so it can't be run again on the same data. Replace the in-place "
@@ -104,6 +110,7 @@ def _run_alone(model: nn.Module, function: Function | None, whole: Batch, batch:
     except Exception as error:
         run(model, function, whole)  # if this raises, too, the reason is not the number of examples
         raise ValueError(
-            f"The model runs on a batch of {whole.size} examples, but not on {batch.size} of them alone "
-            "(normalization over the batch?): gradients of single examples are not defined."
+            f"The model runs on a batch of {whole.size} examples, but not on {batch.size} of them alone (normalization "
+            "over the batch? a tensor of the batch that is as long as it, but not by example?): gradients of single "
+            f"examples are not defined. It says: {error}"
         ) from error

@@ -65,9 +65,20 @@ def _culprit(batch: Batch, model: nn.Module, function: Function | None) -> str:
     return found[0] if found else "no single layer returns NaN or inf; look at the last operation of the model."
 
 
+def random_like(outputs: Tensor) -> Tensor:
+    """Normal numbers of the shape, dtype and device of the outputs; the same every time."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(outputs.shape, generator=generator, device="cpu").to(outputs).detach()
+
+
 def check_mode(model: nn.Module) -> None:
     """Raise for layers whose outputs mix examples or, in train mode, draw random numbers."""
     for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None:
+            raise NotImplementedError(
+                f"Layer {name!r} ({type(module).__name__}) has max_norm={module.max_norm}: it rewrites its weight when it "
+                "runs, so it is no function of it. Set max_norm=None."
+            )
         alone = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
         if alone:
             raise ValueError(

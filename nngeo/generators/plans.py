@@ -39,28 +39,35 @@ class Planner:
         """
         known, key = self._place(batch)
         if key not in known:
-            known[key] = Accounting(self.model, self.function, self.layers, batch).plan(self.check)
+            known[key] = self._account(batch)
         return known[key]
 
     def record(self, batch: Batch) -> Recording:
         """A batch's outputs and calls. Where modules see other tensors than planned, the plan is made anew.
 
         If that happens with inputs of the shape it was made for, it is the data that decide which rows a module sees
-        (as the experts of a mixture do), and its layers are served by a module around it.
+        (as the experts of a mixture do), and its layers are served by a module around it. Layers that no example has
+        reached so far are looked at anew when one does.
         """
-        plan, banned = self.plan(batch), set()
+        plan, banned = self.plan(batch), set[str]()
         known, key = self._place(batch)
         while True:
             try:
                 recording = Recording(self.model, self.function, self.layers, plan, batch)
                 if plan.routed:
                     check_rows(recording)
-                return recording
+                front = recording.reaching(plan.undetermined, plan.rounding)
+                if not front:
+                    return recording
+                plan = self._account(batch, front=front, banned=banned, before=plan)
             except LayoutChanged as change:
                 if plan.shapes == batch.shapes():
                     banned.add(change.host)
-                plan = Accounting(self.model, self.function, self.layers, batch, banned).plan(self.check)
-                known[key] = plan
+                plan = self._account(batch, banned=banned)
+            known[key] = plan
+
+    def _account(self, batch: Batch, **options: Any) -> Plan:
+        return Accounting(self.model, self.function, self.layers, batch, **options).plan(self.check)
 
     def _place(self, batch: Batch) -> tuple[dict[Any, Plan], Any]:
         """The dictionary that remembers the plan, and its key there."""

@@ -49,8 +49,8 @@ class LayerRecord:
         if self.view is None:
             raise NotImplementedError(
                 f"Layer {self.layer.name!r} ({self.layer.kind}) has no Kronecker factors: it is not a linear map, or "
-                "shares its weight with a map of another form. Use PMatEKFACBlockDiag, or PMatMixed with another "
-                "representation for it."
+                "its weight is used outside its forward, or by a map of another form. Use PMatEKFACBlockDiag, or PMatMixed "
+                "with another representation for it."
             )
         return self._factors
 
@@ -61,6 +61,13 @@ class LayerRecord:
         total = self.like.new_zeros(self.n_cotangents, self.n_examples, self.layer.numel())
         for part in self.parts:
             total += part.dense()
+        return total
+
+    def one(self, k: int, b: int) -> Tensor:
+        """(p,), the gradient of one cotangent and one example."""
+        total = self.like.new_zeros(self.layer.numel())
+        for part in self.parts:
+            total += part.one(k, b)
         return total
 
     def squares(self) -> Tensor:

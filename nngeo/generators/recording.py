@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.outputs import tensor_of
+from nngeo.generators.outputs import random_like, tensor_of
 from nngeo.generators.record import BatchRecord, LayerRecord
 from nngeo.generators.sources import (
     Replay,
@@ -41,6 +41,8 @@ class Plan:
     layouts: Layouts = field(default_factory=dict)
     batched: bool = True  # whether the backward pass can be vectorised over cotangents
     unused: list[str] = field(default_factory=list)  # parameters that the outputs do not depend on
+    undetermined: set[str] = field(default_factory=set)  # layers that no example has reached so far
+    rounding: float = 0.0  # what is as good as zero in an entry of a gradient
     routed: bool = False  # whether rows are picked by tensors, so that each batch has to be tested
     shapes: list[torch.Size] = field(default_factory=list)  # of the tensors of one example, in the batch it was made on
 
@@ -91,8 +93,7 @@ class Recording:
         if not self.plan.layouts.get(host):
             raise LayoutChanged(host)
         arguments, outputs = self.plan.layouts_of(host, j)
-        shapes = [leaf.shape if isinstance(leaf, Tensor) else None for leaf in call.arguments]
-        for layout, shape in zip([*arguments, *outputs], [*shapes, *call.returned], strict=False):
+        for layout, shape in zip([*arguments, *outputs], [*call.argument_shapes(), *call.returned], strict=False):
             if layout.axis is None or shape is None:
                 continue
             size, b = shape[layout.axis] if layout.axis < len(shape) else 0, self.batch.size
@@ -135,6 +136,27 @@ class Recording:
         layer, source, like = self.layers[name], self.plan.sources[name], full_precision(self.outputs.detach())
         parts = self._parts(layer, source, grads, c, shared) or self._nothing(layer, source, len(c), like)
         return LayerRecord(layer, parts, self.batch.size, len(c), first, like)
+
+    def reaching(self, names: Collection[str], rounding: float) -> list[int]:
+        """Up to two examples on which the outputs have gradients by some of these layers; none in most batches."""
+        layers = LayerCollection(self.layers[name] for name in names)
+        parameters = [p for p in layers.parameters(self.model) if p.requires_grad]
+        noise = random_like(self.outputs)
+        if not parameters or not self.outputs.requires_grad or not self._reaches(parameters, noise, rounding):
+            return []
+        found: list[int] = []
+        for e in range(self.batch.size):
+            alone = torch.zeros_like(noise)
+            alone[e] = noise[e]
+            if self._reaches(parameters, alone, rounding):
+                found.append(e)
+            if len(found) == 2:
+                break
+        return found
+
+    def _reaches(self, parameters: list[nn.Parameter], c: Tensor, rounding: float) -> bool:
+        grads = torch.autograd.grad(self.outputs, parameters, c, retain_graph=True, allow_unused=True)
+        return any(g is not None and bool(g.norm() > rounding) for g in grads)
 
     def _parts(self, layer: Layer, source: Source, grads: dict, c: Tensor, shared: Shared) -> list[Gradients]:
         if not source.hosts:
@@ -183,4 +205,12 @@ def _picked(layer: Layer, names: dict[str, str], compute: Callable[[], dict[str,
 
 
 def _backward(outputs: Tensor, edges: list, c: Tensor, retain: bool, batched: bool) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(outputs, edges, c, retain_graph=retain, is_grads_batched=batched, allow_unused=True)
+    try:
+        return torch.autograd.grad(outputs, edges, c, retain_graph=retain, is_grads_batched=batched, allow_unused=True)
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise NotImplementedError(
+            "A compiled model frees what a second backward pass needs. Give the model that was compiled: "
+            "model._orig_mod."
+        ) from error

@@ -21,6 +21,12 @@ class Sweeps:
     def __init__(self) -> None:
         self._random: weakref.WeakKeyDictionary[Any, RandomNumbers] = weakref.WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # the state of a loader's random numbers is of no use elsewhere
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._random = weakref.WeakKeyDictionary()
+
     def batches(self, source: Any, device: torch.device, verbose: bool) -> Iterator[Batch]:
         """The batches of a loader (or whatever `Examples` takes), on a device."""
         examples = Examples(source)

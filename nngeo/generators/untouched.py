@@ -15,14 +15,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Restore buffers, `requires_grad` flags, `.grad`, and tensors and plain values kept as attributes, on leaving.
 
     Parameters are never written to by nngeo. The other tensors are copied, because a model's forward may write to them.
-    Inside, inference mode is off.
+    Inside, inference mode and autocast are off.
     """
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     places = [place for module in model.modules() for place in (module._buffers, vars(module))]
     before = [(place, {name: value for name, value in place.items() if _is_state(value)}) for place in places]
     copies = [(x, x.detach().clone()) for _, found in before for x in found.values() if isinstance(x, Tensor)]
+    device = parameters[0][0].device.type if parameters else "cpu"
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
             yield
     finally:
         for p, flag, grad in parameters:

@@ -39,12 +39,14 @@ class Layout:
         )
 
     @classmethod
-    def between(cls, one: torch.Size, two: torch.Size) -> Layout:
-        """From the shapes of the same tensor with one and with two examples."""
-        axes = [axis for axis, (s, t) in enumerate(zip(one, two, strict=False)) if t == 2 * s and s > 0]
-        if not axes or len(one) != len(two):
-            return cls(None)
-        return cls(axes[0], entries=one[axes[0]])
+    def between(cls, one: torch.Size, few: torch.Size, b: int) -> Layout | None:
+        """From the shapes of the same tensor with one and with b examples; None where they fit no layout."""
+        if len(one) != len(few):
+            return None
+        axes = [axis for axis, (s, t) in enumerate(zip(one, few, strict=True)) if s != t]
+        if any(few[axis] != b * one[axis] for axis in axes):
+            return None
+        return cls(axes[0], entries=one[axes[0]]) if axes else cls(None)
 
 
 class LayoutChanged(Exception):
@@ -65,6 +67,10 @@ class Call:
     shapes: list[torch.Size | None]  # of the outputs, as the rest of the model sees them
     returned: list[torch.Size | None]  # the same, as the module returned them
     versions: list[int]
+
+    def argument_shapes(self) -> list[torch.Size | None]:
+        """The shapes of its arguments, None for what is no tensor."""
+        return _shapes(self.arguments)
 
     def tensors(self) -> list[int]:
         """Which arguments are tensors."""

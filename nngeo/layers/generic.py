@@ -46,8 +46,8 @@ class AnyLayerRule:
             pull: Any = vjp(run, parameters)[1]
             return vmap(lambda *g: pull(g)[0])(*grads)
 
-        found = vmap(one, in_dims=(0, 1), out_dims=1)(inputs, [grads[j] for j in used])
-        return {name: grad.detach() for name, grad in found.items()}
+        found = vmap(one, in_dims=(0, 1))(inputs, [grads[j] for j in used])
+        return {name: grad.detach().transpose(0, 1) for name, grad in found.items()}
 
     def _looped(self, parameters, inputs, grads):
         used = [j for j, g in enumerate(grads) if g is not None]

@@ -29,6 +29,10 @@ class Gradients(ABC):
     def dense(self) -> Tensor:
         """(k, b, p)."""
 
+    @abstractmethod
+    def one(self, k: int, b: int) -> Tensor:
+        """(p,), of one cotangent and one example."""
+
 
 @dataclass(frozen=True)
 class Factored(Gradients):
@@ -40,6 +44,9 @@ class Factored(Gradients):
     def dense(self) -> Tensor:
         return self.view.to_flat(self.products.dense())
 
+    def one(self, k: int, b: int) -> Tensor:
+        return self.view.to_flat(self.products.one(k, b).dense())[0, 0]
+
 
 @dataclass(frozen=True)
 class Computed(Gradients):
@@ -49,6 +56,9 @@ class Computed(Gradients):
 
     def dense(self) -> Tensor:
         return self.compute()
+
+    def one(self, k: int, b: int) -> Tensor:
+        return self.compute()[k, b]
 
 
 class LayerRule(ABC):

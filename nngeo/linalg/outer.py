@@ -30,6 +30,10 @@ class OuterProducts:
         """(k, b, n, o, i)."""
         return torch.einsum("nkbto,nbti->kbnoi", self.g, self.a)
 
+    def one(self, k: int, b: int) -> OuterProducts:
+        """Those of one cotangent and one example."""
+        return OuterProducts(self.a[:, b : b + 1], self.g[:, k : k + 1, b : b + 1])
+
     def squares(self) -> Tensor:
         """(n, o, i), gradients squared and summed over k and b.
 
@@ -110,6 +114,11 @@ class SelectedProducts:
         out = self.g.new_zeros(k, b, self.size, o)
         out.scatter_add_(2, self.index[None, :, :, None].expand(k, b, t, o), self._kept())
         return out.mT[:, :, None]
+
+    def one(self, k: int, b: int) -> SelectedProducts:
+        """Those of one cotangent and one example."""
+        rows = slice(b, b + 1)
+        return SelectedProducts(self.index[rows], self.keep[rows], self.size, self.g[:, k : k + 1, rows])
 
     def squares(self) -> Tensor:
         """(1, o, i), gradients squared and summed over k and b; cost O(k b t^2 o), not O(k b i o)."""

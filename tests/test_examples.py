@@ -1,0 +1,57 @@
+"""The scripts in examples/ reach the figures that they are there for, and draw. About a minute on one core."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pyplot = pytest.importorskip("matplotlib.pyplot", reason="the examples draw")
+pytest.importorskip("sklearn", reason="the examples take its digits")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def picture(tmp_path: Path):
+    """Where a script may draw; it has to."""
+    pyplot.switch_backend("Agg")
+    path = tmp_path / "picture.png"
+    yield str(path)
+    pyplot.close("all")
+    assert path.stat().st_size > 10_000
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["ewc", "natural_gradient", "ntk", "laplace"])
+def test_a_script_has_less_than_a_hundred_lines(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100
+
+
+def test_ewc_forgets_less_with_kfac_than_with_a_diagonal_than_without(picture):
+    accuracy = script("ewc").main(out=picture)  # the mean of three seeds
+    assert accuracy["PMatKFAC"] >= 0.74
+    assert accuracy["PMatKFAC"] >= accuracy["PMatDiag"] + 0.15
+    assert accuracy["PMatDiag"] >= accuracy["no penalty"] + 0.05
+
+
+def test_natural_gradient_needs_a_few_steps_where_adam_needs_hundreds(picture):
+    steps = script("natural_gradient").main(out=picture)  # the mean of three seeds
+    assert steps["Adam"] >= 250
+    assert steps["KFAC"] <= 40
+    assert steps["KFAC with momentum"] <= 30
+
+
+def test_the_kernel_of_a_wide_network_recognises_digits_and_foresees_its_training(picture):
+    found = script("ntk").main(out=picture)
+    assert found["accuracy"][2048] >= 0.95
+    assert found["distance"][2048] <= 0.02
+    assert found["distance"][2048] < found["distance"][256] < found["distance"][32]
