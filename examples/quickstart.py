@@ -120,12 +120,12 @@ def estimate(model: nn.Module, loader: DataLoader, representation: type[PMat], o
 
 
 def table(rows: list[Row], dense: PMat, v: PVector) -> str:
-    lines = [f"{'representation':<20}{'memory [kB]':>12}{'time [s]':>10}{'trace':>10}{'vTMv':>12}{'error':>10}"]
+    lines = [f"{'representation':<20}{'parameters':>11}{'memory [kB]':>12}{'time [s]':>10}{'trace':>10}{'vTMv':>12}{'error':>10}"]
     for row in rows:
         trace, vtmv = float(row.matrix.trace()), float(row.matrix.vTMv(v))
         error = row.error(dense, v)
         lines.append(
-            f"{row.name:<20}{row.kilobytes():>12.1f}{row.seconds:>10.2f}{trace:>10.3f}{vtmv:>12.4f}{error:>10.1e}"
+            f"{row.name:<20}{v.size(0):>11}{row.kilobytes():>12.1f}{row.seconds:>10.2f}{trace:>10.3f}{vtmv:>12.4f}{error:>10.1e}"
         )
     return "\n".join(lines)
 

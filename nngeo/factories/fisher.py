@@ -60,8 +60,8 @@ def FIM(
             batches. With "token_logits" and dict batches, "attention_mask" by default.
         ignore_index: target of positions that do not count ("segmentation_logits", "token_logits"); None: all count.
         covariance: of the noise of "regression": a number, (o,) variances or (o, o); by default 1.
-        check: compare the layers' rules with autograd on the first two examples. It costs little, and its result is
-            remembered for the model.
+        check: compare the layers' rules with autograd on a few examples, once for a model: about fifteen forward or
+            backward passes of up to six examples. Without it, unusual uses of parameters are not found.
 
     Cost: a forward for each mini-batch, and a backward (without gradients by weights) for each of the k cotangents:
     the number of outputs, less one for a softmax, times the number of positions; one if empirical. Then what the
