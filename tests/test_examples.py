@@ -55,3 +55,11 @@ def test_the_kernel_of_a_wide_network_recognises_digits_and_foresees_its_trainin
     assert found["accuracy"][2048] >= 0.95
     assert found["distance"][2048] <= 0.02
     assert found["distance"][2048] < found["distance"][256] < found["distance"][32]
+
+
+def test_laplace_is_bayesian_linear_regression_and_the_posterior_of_the_kernel(picture):
+    found = script("laplace").main(out=picture)
+    assert found["linear evidence"] <= 1e-10
+    assert found["linear variance"] <= 1e-10
+    assert found["kernel"] <= 1e-10
+    assert found["PMatDense"] > found["PMatKFAC"] > found["PMatDiag"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ class Sweeps:
     def batches(self, source: Any, device: torch.device, verbose: bool) -> Iterator[Batch]:
         """The batches of a loader (or whatever `Examples` takes), on a device."""
         examples = Examples(source)
-        numbers = self._random_of(examples.source)
+        numbers = self._random_of(examples)
         numbers.restart()
         with tqdm(total=examples.total(), unit=" examples", disable=not verbose) as bar:
             batches = iter(examples)
@@ -42,11 +42,13 @@ class Sweeps:
                 yield batch.to(device)
                 bar.update(batch.size)
 
-    def _random_of(self, source: Any) -> RandomNumbers:
+    def _random_of(self, examples: Examples) -> RandomNumbers:
+        if not isinstance(examples.source, Hashable) or examples.single:
+            return RandomNumbers(examples.source)  # nothing is drawn in iterating over batches that are there
         try:
-            return self._random.setdefault(source, RandomNumbers(source))
-        except TypeError:  # tuples, lists and dicts: nothing is drawn in iterating over them
-            return RandomNumbers(source)
+            return self._random.setdefault(examples.source, RandomNumbers(examples.source))
+        except TypeError:  # no weak references: tuples
+            return RandomNumbers(examples.source)
 
 
 class RandomNumbers:
