@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-import nngeo  # noqa: F401  (a documentation of an nngeo that cannot be imported should fail here)
+from nngeo.representations import table
 
 project = "nngeo"
 author = "the nngeo authors"
@@ -12,7 +13,7 @@ copyright = "2026, the nngeo authors"
 release = version = "0.1.0"
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "*.inc"]
 html_theme = "furo"
 html_title = "nngeo"
 default_role = "code"
@@ -42,3 +43,7 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
 
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", plain_text, priority=400)  # before napoleon, whose markup must stay
+
+
+# The table of operations is made from the code each time, so that it cannot go stale.
+Path(__file__).with_name("operations.inc").write_text(table.as_rst())

@@ -45,13 +45,12 @@ def adam(model: nn.Module, lr: float = 0.05) -> Iterator[Tensor]:
 def natural_gradient(model: nn.Module, momentum: bool = True, damping: float = 1.0) -> Iterator[Tensor]:
     """The loss before each step."""
     w = PVector.from_model(model)
-    exact = FIM(model, (images,), PMatImplicit)  # runs the model for each product: always at its current weights
     last = torch.empty(0, *w.size())
     while True:
         loss = loss_of(model)
         yield loss
         g = grad(loss, w).to_torch()
-        kfac = FIM(model, (images,), PMatKFAC)
+        kfac, exact = (FIM(model, (images,), kind) for kind in (PMatKFAC, PMatImplicit))
         directions = torch.cat([-kfac.solve(g, regul=damping)[None], last])
         # The quadratic model on the span of the directions, and where it is least.
         slope = directions @ g

@@ -181,7 +181,6 @@ class Representation:
     solve_options: dict[str, Any] = field(default_factory=dict)
     adds: bool = True  # whether there is a sum of two
     scales_negative: bool = True
-    spectral: bool = True  # whether norm(2) and norm(-2) are defined
     stores: bool = True  # whether there are data to save
 
     def build(self, at: Setting, examples: Any = None, **options: Any) -> Any:
@@ -209,7 +208,6 @@ PMATS = [
         lambda at: at.fisher,
         solve_options={"rtol": 1e-12},
         adds=False,
-        spectral=False,
         stores=False,
     ),
     Representation("kfac", nngeo.PMatKFAC, kfac("expand"), is_kronecker, adds=False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from nngeo.generators.batches import Function
 from nngeo.generators.record import BatchRecord
 from nngeo.layers.collection import LayerCollection
+
+if TYPE_CHECKING:
+    from nngeo.generators.kept import LinearizedGenerator
 
 
 class Generator(ABC):
@@ -33,7 +36,11 @@ class Generator(ABC):
 
     @abstractmethod
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
-        """F v (P,), without F."""
+        """F v, like v (..., P), without F. The forward of a mini-batch is shared by all vectors."""
+
+    def linearize(self, examples: Any, layer_collection: LayerCollection) -> LinearizedGenerator:
+        """A generator whose products are with the graphs of all mini-batches, which are recorded here and kept."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no graphs: use the matrix without linearize().")
 
     @abstractmethod
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from nngeo.generators.base import Generator, device_of, dtype_is_one
 from nngeo.generators.batches import Batch, Examples
+from nngeo.generators.differentiable import Backward, Footprint, differentiable, joined, split_by_parameter
 from nngeo.generators.independence import check_repeatable
-from nngeo.generators.linearized import split_by_parameter
+from nngeo.generators.kept import Kept, LinearizedGenerator
 from nngeo.generators.outputs import check_mode, tensor_of
 from nngeo.generators.record import BatchRecord
 from nngeo.generators.sweeps import Sweeps
-from nngeo.generators.untouched import untouched
 from nngeo.layers.collection import LayerCollection
-from nngeo.layers.kernels import plain_kernels
 
 
 class HessianGenerator(Generator):
@@ -44,10 +43,11 @@ class HessianGenerator(Generator):
         self.model, self.loss, self.reduction, self.verbose = model, loss, reduction, verbose
         device_of(model, device)
         self._sweeps = Sweeps()
+        self.backward, self.footprint = Backward(), Footprint()
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
-        """H v (P,); two gradients for each mini-batch."""
-        return self.products(v[None], examples, layer_collection)[0][0]
+        """H v, like v (..., P): for each mini-batch a gradient that all share, and about one more for each vector."""
+        return self.products(v.reshape(-1, v.shape[-1]), examples, layer_collection)[0].reshape(v.shape)
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
         """H (P, P), and the number of examples; P products with unit vectors."""
@@ -72,33 +72,32 @@ class HessianGenerator(Generator):
 
     def products(self, rows: Tensor, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
         """H applied to each row of (m, P), and the number of examples; all rows share a mini-batch's graph."""
-        dtype_is_one(self.model, layer_collection)
         total, n = torch.zeros_like(rows), 0
-        for batch in self._batches(examples):
-            if not n:
-                check_repeatable(self.model, None, batch)
-            with untouched(self.model), torch.enable_grad(), plain_kernels(self.model):
-                parameters = [p.requires_grad_() for p in layer_collection.parameters(self.model)]
-                loss = self._loss(batch)
-                grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-                live = [j for j, g in enumerate(grads) if g is not None and g.requires_grad]
-                for j, row in enumerate(rows if live else ()):
-                    pieces = split_by_parameter(layer_collection, row.to(loss))
-                    found = torch.autograd.grad(
-                        [grads[i] for i in live],
-                        parameters,
-                        [pieces[i] for i in live],
-                        retain_graph=True,
-                        allow_unused=True,
-                    )
-                    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-                    total[j] += torch.cat([part.flatten() for part in parts]).to(total)
-            n += batch.size
+        for graph in self._graphs(examples, layer_collection):
+            total += graph.products(rows)
+            n += graph.size
         return (total / n if self.reduction == "mean" else total), n
 
-    def _loss(self, batch: Batch) -> Tensor:
-        prediction = batch.run(self.model, None)
-        loss = self.loss(tensor_of(prediction), *batch.targets(None))
+    def linearize(self, examples: Any, layer_collection: LayerCollection) -> LinearizedGenerator:
+        """The same products from the graphs of all mini-batches, which are recorded here and kept."""
+        graphs = list(self._graphs(examples, layer_collection))
+        graphs[0].elements()  # here, not in the first product
+        return LinearizedGenerator(self, KeptHessian(graphs, self.reduction), layer_collection)
+
+    def _graphs(self, examples: Any, layers: LayerCollection) -> Iterator[HessianGraph]:
+        dtype_is_one(self.model, layers)
+        for j, batch in enumerate(self._batches(examples)):
+            if j == 0:
+                check_repeatable(self.model, None, batch)
+            yield HessianGraph(self, batch, layers)
+
+    def run(self, batch: Batch) -> Tensor:
+        """The outputs (b, ...), with their graph."""
+        return tensor_of(batch.run(self.model, None))
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The loss of a batch, 0-d, with its graph."""
+        loss = self.loss(self.run(batch), *batch.targets(None))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"`function(prediction, target)` should return one number; it returned {found}.")
@@ -109,3 +108,47 @@ class HessianGenerator(Generator):
     def _batches(self, examples: Any) -> Iterator[Batch]:
         check_mode(self.model)
         return self._sweeps.batches(examples, self.device, self.verbose)
+
+
+class HessianGraph:
+    """The graph of the gradient of the loss of a mini-batch; its derivative along v is H v, at about one gradient."""
+
+    def __init__(self, generator: HessianGenerator, batch: Batch, layers: LayerCollection):
+        self._by, self._batch, self._layers, self.size = generator, batch, layers, batch.size
+        with differentiable(generator.model, layers):
+            self._parameters = list(layers.parameters(generator.model))
+            self._grads: list[Tensor | None] = [None] * len(self._parameters)
+            loss = generator.loss_of(batch)
+            if loss.requires_grad:
+                self._grads = list(torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True))
+
+    def products(self, rows: Tensor) -> Tensor:
+        """H v (m, P) for the rows v of (m, P)."""
+        found: list[Tensor | None] = [None] * len(self._parameters)
+        pieces = split_by_parameter(self._layers, rows.to(self._parameters[0]))
+        pairs = [(g, t) for g, t in zip(self._grads, pieces, strict=True) if g is not None and g.requires_grad]
+        if pairs:
+            with differentiable(self._by.model, self._layers):
+                elements = self.elements() if len(rows) > 1 else 1
+                found = self._by.backward([g for g, _ in pairs], self._parameters, [t for _, t in pairs], elements)
+        return joined(found, self._parameters, len(rows)).detach().to(rows)
+
+    def elements(self) -> int:
+        """What one of many vectors may hold at a time; the first time, it costs a forward of two examples."""
+        with differentiable(self._by.model, self._layers):
+            kept = self._by.footprint.of(self._batch, self._by.model, self._by.run)
+        # The graph of the gradient holds the forward's tensors, and gradients and tangents at each of them.
+        return self._layers.numel() + 3 * kept
+
+
+class KeptHessian(Kept):
+    """The Hessian from the graph of every mini-batch."""
+
+    def __init__(self, graphs: list[HessianGraph], reduction: str):
+        self.graphs, self.reduction = graphs, reduction
+
+    def mv(self, rows: Tensor) -> Tensor:
+        total = torch.zeros_like(rows)
+        for graph in self.graphs:
+            total += graph.products(rows)
+        return total / sum(graph.size for graph in self.graphs) if self.reduction == "mean" else total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from nngeo.generators.base import Generator, device_of, dtype_is_one
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.linearized import Linearizer
+from nngeo.generators.kept import KeptJacobian, LinearizedGenerator, require_second_derivatives
+from nngeo.generators.linearized import Linearizer, ReverseGraph
 from nngeo.generators.outputs import check_mode, check_outputs
 from nngeo.generators.plans import Planner
-from nngeo.generators.products import LayerwiseProducts, WholeModelProducts
+from nngeo.generators.products import LayerwiseProducts, Point, WholeModelProducts
 from nngeo.generators.record import BatchRecord
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
@@ -31,7 +33,7 @@ class JacobianGenerator(Generator):
         function: replaces `model(batch[0])`, or `model(**batch)` for dict batches; it is called as `function(*batch)`,
             or `function(batch)` with a dict.
         mask: which positions count, as a function of the batch or a key of a dict batch. By default, with token
-            outputs, the "attention_mask" of a dict batch.
+            outputs, the "attention_mask" of a dict batch, unless the model is an encoder and decoder.
         n_output: the number of outputs to expect.
         check: whether the rules are compared with autograd on the first examples (see `accounting`).
     """
@@ -78,31 +80,63 @@ class JacobianGenerator(Generator):
                 yield recording.records(c.chunk(start, stop), first=start == 0, retain=stop < c.count)
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
-        """F v (P,): for each mini-batch J v, the metric at the outputs, and the pull-back; about two gradients."""
-        total, n = self._product("mv", v, examples, layer_collection)
-        return total / n
+        """F v, like v (..., P): for each mini-batch J v, the metric at the outputs, and the pull-back.
+
+        About two gradients for one vector; a forward and a backward that all share, and two backwards for each, for
+        many.
+        """
+        total, n = self._product("mv", v.reshape(-1, v.shape[-1]), examples, layer_collection)
+        return (total / n).reshape(v.shape)
 
     def jvp(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
-        """J v (k, n): derivatives along v of the outputs' products with the cotangents."""
-        return self._product("jvp", v, examples, layer_collection)
+        """J v (..., k, n) for v (..., P): derivatives along v of the outputs' products with the cotangents."""
+        found = self._product("jvp", v.reshape(-1, v.shape[-1]), examples, layer_collection)
+        return found.reshape(*v.shape[:-1], *found.shape[1:])
 
     def vjp(self, u: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
-        """J' u (P,), summed over the k cotangents and n examples of u (k, n)."""
-        return self._product("vjp", u, examples, layer_collection)
+        """J' u (..., P), summed over the k cotangents and n examples of u (..., k, n)."""
+        found = self._product("vjp", u.reshape(-1, *u.shape[-2:]), examples, layer_collection)
+        return found.reshape(*u.shape[:-2], found.shape[-1])
 
-    def _product(self, name: str, x: Tensor, examples: Any, layers: LayerCollection) -> Any:
+    def linearize(self, examples: Any, layer_collection: LayerCollection) -> LinearizedGenerator:
+        """The same products from the graphs of all mini-batches, which are recorded here and kept."""
+        whole = self._linearizer(layer_collection)
+        if whole is None:
+            raise NotImplementedError(
+                "The graph can't be kept, because an operation of the model has no second derivative. Use the matrix "
+                "without linearize()."
+            )
+        parts: list[tuple[ReverseGraph, Cotangents]] = []
+        for batch in self._batches(examples):
+            whole.look_at(batch)
+            graph = ReverseGraph(whole, batch)
+            parts.append((graph, self._cotangents(graph.outputs, batch)))
+            if len(parts) == 1:
+                require_second_derivatives(graph, layer_collection)
+                graph.elements()  # here, not in the first product
+        return LinearizedGenerator(self, KeptJacobian(parts, layer_collection), layer_collection)
+
+    def _linearizer(self, layers: LayerCollection) -> Linearizer | None:
         if layers not in self._linearizers:
             dtype_is_one(self.model, layers)
             self._linearizers[layers] = Linearizer(self.model, self.function, layers)
-        whole = self._linearizers[layers]
+        return self._linearizers[layers]
+
+    def _product(self, name: str, x: Tensor, examples: Any, layers: LayerCollection) -> Any:
+        whole = self._linearizer(layers)
         if whole is not None:
             try:
-                return getattr(WholeModelProducts(whole, self._cotangents), name)(self._batches(examples), x)
+                return getattr(WholeModelProducts(partial(self._points, whole, examples), layers), name)(x)
             except (NotImplementedError, RuntimeError) as error:
                 if "derivative for" not in str(error):
                     raise
                 self._linearizers[layers] = None  # an operation has no second derivative
-        return getattr(LayerwiseProducts(layers), name)(self.records(examples, layers), x)
+        return getattr(LayerwiseProducts(partial(self.records, examples, layers), layers), name)(x)
+
+    def _points(self, whole: Linearizer, examples: Any, rows: Tensor | None) -> Iterator[Point]:
+        for batch in self._batches(examples):
+            at = whole.at(batch, rows)
+            yield Point(at, self._cotangents(at.outputs, batch), batch.size)
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
         """F (P, P), and the number of examples."""
@@ -131,7 +165,9 @@ class JacobianGenerator(Generator):
             raise ValueError(f"n_output={self.n_output}, but the model has {found} (outputs {tuple(outputs.shape)}).")
         mask = self.mask
         if mask is None and self.estimator.variant.padded and isinstance(batch.content, dict):
-            mask = "attention_mask" if "attention_mask" in batch.content else None
+            # Of an encoder-decoder model it is the mask of the other side.
+            decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            mask = "attention_mask" if "attention_mask" in batch.content and not decoder else None
         c = self.estimator(outputs, batch.targets(self.function), None if mask is None else batch.mask(mask))
         return c if c.count else Cotangents.from_tensor(torch.zeros_like(outputs)[None])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,29 +11,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from nngeo.generators.batches import Batch, Function
+from nngeo.generators.differentiable import Backward, Footprint, differentiable, joined, split_by_parameter
 from nngeo.generators.independence import FirstExamples, check_independence
 from nngeo.generators.sources import Replay
-from nngeo.generators.untouched import untouched
 from nngeo.layers.collection import LayerCollection
-from nngeo.layers.kernels import plain_kernels
 from nngeo.layers.replace import call_with
 
 
 @dataclass(frozen=True)
 class Linearized:
-    """Outputs (b, ...) of a batch, their derivative J v along parameters v (or 0), and the pull-back w -> J' w (P,)."""
+    """Outputs (b, ...) of a batch, J v (m, b, ...) for v (m, P), and the pull-back from w (m, b, ...) to (m, P).
+
+    Where it was made for one vector, `push` knows the answer for this one only.
+    """
 
     outputs: Tensor
-    pushed: Tensor
+    push: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], Tensor]
 
 
 class Linearizer:
     """Linearizes a model at mini-batches, in the cheapest way in which it can be.
 
-    By one forward in dual numbers that records the reverse graph, too; `pull` is then one backward. Where a kernel of
-    the model has no forward-mode derivative, or another one than its gradient (torch.no_grad and `padding_idx` stop
-    gradients, but not tangents: the first mini-batch is tested), J v is the derivative of `w -> J' w`.
+    One vector: by one forward in dual numbers that records the reverse graph, too; `pull` is then one backward. Many
+    vectors, or where a kernel of the model has no forward-mode derivative, or another one than its gradient
+    (torch.no_grad and `padding_idx` stop gradients, but not tangents: the first mini-batch is tested): by a
+    `ReverseGraph`, one forward for all vectors.
     """
 
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection):
@@ -42,88 +44,130 @@ class Linearizer:
         padded = any(getattr(module, "padding_idx", None) is not None for module in model.modules())
         self._forward_mode = not padded
         self._known = False  # whether the first mini-batch has been looked at
+        self.push, self.pull, self.footprint = Backward(), Backward(), Footprint()
 
-    def at(self, batch: Batch, v: Tensor | None) -> Linearized:
-        """The model at a batch, and J v if v (P,) is given."""
-        with untouched(self.model), torch.enable_grad(), plain_kernels(self.model), warnings.catch_warnings():
-            # The first forward-mode derivative of a process warns about torch's own use of torch.jit.
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-            if not self._known:
-                self._look_at(FirstExamples.of(batch))
-            forward = self._forward_mode and v is not None
-            return self._forward(batch, v) if forward else self._reverse(batch, v)  # type: ignore[arg-type]
+    def at(self, batch: Batch, rows: Tensor | None) -> Linearized:
+        """The model at a batch, where J v is going to be asked for the rows v of (m, P), if there are any."""
+        self.look_at(batch)
+        if rows is not None and len(rows) == 1 and self._forward_mode:
+            return self._forward(batch, rows)
+        graph = ReverseGraph(self, batch)
+        return Linearized(graph.outputs, graph.push, graph.pull)
 
-    def _look_at(self, examples: FirstExamples) -> None:
-        check_independence(self.model, self.function, examples)
+    def look_at(self, batch: Batch) -> None:
+        """On the first mini-batch, test what the model does with two of its examples.
+
+        Raises:
+            ValueError: its examples influence each other, or the outputs are none.
+        """
+        if self._known:
+            return
+        with differentiable(self.model, self.layers):
+            examples = FirstExamples.of(batch)
+            check_independence(self.model, self.function, examples)
         self._known = True
         try:
-            self._forward_mode = self._forward_mode and self._is_adjoint(examples.two)
+            self._forward_mode = self._forward_mode and self._is_adjoint(examples.few)
         except (NotImplementedError, RuntimeError) as error:
             if not any(words in str(error) for words in ("forward AD", "forward mode AD", "forward-mode")):
                 raise
             self._forward_mode = False
 
+    def run(self, batch: Batch) -> Tensor:
+        """The outputs (b, ...), with their graph."""
+        return Replay(self.model, self.function)(batch.content)
+
     def _is_adjoint(self, batch: Batch) -> bool:
         """Whether <w, J v> = <J' w, v> for random v and w: forward mode and gradients are of one function."""
         generator = torch.Generator("cpu").manual_seed(0)
         like = next(self.layers.parameters(self.model))
-        v = torch.randn(self.layers.numel(), generator=generator, device="cpu").to(like)
+        v = torch.randn(1, self.layers.numel(), generator=generator, device="cpu").to(like)
         found = self._forward(batch, v)
-        w = torch.randn(found.outputs.shape, generator=generator, device="cpu").to(found.outputs)
-        products, others = (w * found.pushed).double(), (found.pull(w).to(v) * v).double()
+        w = torch.randn(1, *found.outputs.shape, generator=generator, device="cpu").to(found.outputs)
+        # The gradients by the parameters themselves, which the function may hold outside of the model, too.
+        pulled = ReverseGraph(self, batch).pull(w)
+        products, others = (w * found.push(v)).double(), (pulled.to(v) * v).double()
         scale = products.norm() + others.norm()
         tolerance = 10 * torch.finfo(found.outputs.dtype).eps ** 0.5
         return bool((products.sum() - others.sum()).abs() <= tolerance * scale)
 
-    def _forward(self, batch: Batch, v: Tensor) -> Linearized:
-        leaves = {name: p.detach().requires_grad_() for name, p in self.layers.named_parameters(self.model)}
-        tangents = split_by_parameter(self.layers, v.to(next(iter(leaves.values()))))
-        with forward_ad.dual_level():
-            duals = {
-                f"model.{name}": forward_ad.make_dual(leaf, tangent)
-                for (name, leaf), tangent in zip(leaves.items(), tangents, strict=True)
-            }
-            outputs = call_with(Replay(self.model, self.function), duals, (batch.content,), {})
-            outputs, pushed = forward_ad.unpack_dual(outputs)
-        pull = _pull_back(outputs, list(leaves.values()))
+    def _forward(self, batch: Batch, rows: Tensor) -> Linearized:
+        with differentiable(self.model, self.layers):
+            leaves = {name: p.detach().requires_grad_() for name, p in self.layers.named_parameters(self.model)}
+            tangents = split_by_parameter(self.layers, rows[0].to(next(iter(leaves.values()))))
+            with forward_ad.dual_level():
+                duals = {
+                    f"model.{name}": forward_ad.make_dual(leaf, tangent)
+                    for (name, leaf), tangent in zip(leaves.items(), tangents, strict=True)
+                }
+                outputs = call_with(Replay(self.model, self.function), duals, (batch.content,), {})
+                outputs, tangent = forward_ad.unpack_dual(outputs)
 
-        def pull_again(w: Tensor) -> Tensor:
-            try:
-                return pull(w)
-            except CheckpointError:  # activation checkpointing has run the model again, with its own parameters
-                return self.at(batch, None).pull(w)
+        def pull(w: Tensor) -> Tensor:
+            inputs = list(leaves.values())
+            found: list[Tensor | None] = [None] * len(inputs)
+            if outputs.requires_grad:
+                try:
+                    found = self.pull([outputs], inputs, [w.to(outputs)], sum(leaf.numel() for leaf in inputs))
+                except CheckpointError:  # activation checkpointing has run the model again, with its own parameters
+                    return ReverseGraph(self, batch).pull(w)
+            return joined(found, inputs, len(w))
 
-        return Linearized(outputs.detach(), _or_zero(pushed, outputs), pull_again)
-
-    def _reverse(self, batch: Batch, v: Tensor | None) -> Linearized:
-        leaves = [p.requires_grad_() for p in self.layers.parameters(self.model)]
-        outputs = Replay(self.model, self.function)(batch.content)
-        pushed = None
-        if v is not None and outputs.requires_grad:
-            w = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(outputs, leaves, w, create_graph=True, allow_unused=True)
-            tangents = split_by_parameter(self.layers, v.to(outputs))
-            pairs = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None]
-            (pushed,) = torch.autograd.grad([g for g, _ in pairs], w, [t for _, t in pairs], retain_graph=True)
-        return Linearized(outputs.detach(), _or_zero(pushed, outputs), _pull_back(outputs, leaves))
+        pushed = (torch.zeros_like(outputs) if tangent is None else tangent).detach()[None]
+        return Linearized(outputs.detach(), lambda rows: pushed, pull)
 
 
-def split_by_parameter(layers: LayerCollection, v: Tensor) -> list[Tensor]:
-    """(P,) -> the parameters' shapes, in order."""
-    parts = layers.split(v)
-    return [part for name in layers for part in layers.split_layer(name, parts[name]).values()]
+class ReverseGraph:
+    """The graph of w -> J' w at a mini-batch, recorded by one forward; its derivative is v -> J v.
 
+    It serves any number of products, and no forward is run for them, unless the model checkpoints activations. It
+    holds what a backward needs and, after the first `push`, the graph of one: two to three times the memory of a
+    gradient.
+    """
 
-def _or_zero(pushed: Tensor | None, outputs: Tensor) -> Tensor:
-    return torch.zeros_like(outputs) if pushed is None else pushed.detach()
+    def __init__(self, linearizer: Linearizer, batch: Batch):
+        self._by, self.size = linearizer, batch.size
+        model, layers = linearizer.model, linearizer.layers
+        with differentiable(model, layers):
+            self._leaves = list(layers.parameters(model))
+            self._outputs = linearizer.run(batch)
+        self.outputs = self._outputs.detach()
+        self._batch = batch
+        self._pulled: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
 
+    def elements(self) -> int:
+        """What one of many vectors may hold at a time; the first time, it costs a forward of two examples."""
+        with differentiable(self._by.model, self._by.layers):
+            kept = self._by.footprint.of(self._batch, self._by.model, self._by.run)
+        return self._by.layers.numel() + kept
 
-def _pull_back(outputs: Tensor, leaves: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    def pull(w: Tensor) -> Tensor:
-        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
-        if outputs.requires_grad:
-            found = torch.autograd.grad(outputs, leaves, w.to(outputs), retain_graph=True, allow_unused=True)
-        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
-        return torch.cat([part.flatten() for part in parts])
+    def push(self, rows: Tensor) -> Tensor:
+        """J v (m, b, ...) for each row v of (m, P): a backward through the graph of a backward."""
+        m, layers = len(rows), self._by.layers
+        nothing = self.outputs.new_zeros(m, *self.outputs.shape)
+        if not self._outputs.requires_grad:
+            return nothing
+        with differentiable(self._by.model, layers):
+            if self._pulled is None:
+                w = torch.zeros_like(self._outputs, requires_grad=True)
+                self._pulled = (
+                    w,
+                    torch.autograd.grad(self._outputs, self._leaves, w, create_graph=True, allow_unused=True),
+                )
+            w, pulled = self._pulled
+            tangents = split_by_parameter(layers, rows.to(self.outputs))
+            pairs = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None and g.requires_grad]
+            if not pairs:
+                return nothing
+            elements = self.elements() if m > 1 else 1
+            (pushed,) = self._by.push([g for g, _ in pairs], [w], [t for _, t in pairs], elements)
+        return nothing if pushed is None else pushed.detach()
 
-    return pull
+    def pull(self, w: Tensor) -> Tensor:
+        """J' w (m, P) for w (m, b, ...): a backward."""
+        found: list[Tensor | None] = [None] * len(self._leaves)
+        if self._outputs.requires_grad:
+            with differentiable(self._by.model, self._by.layers):
+                elements = self.elements() if len(w) > 1 else 1
+                found = self._by.pull([self._outputs], self._leaves, [w.to(self._outputs)], elements)
+        return joined([None if g is None else g.detach() for g in found], self._leaves, len(w)).detach()

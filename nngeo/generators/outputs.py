@@ -76,8 +76,8 @@ def check_mode(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None:
             raise NotImplementedError(
-                f"Layer {name!r} ({type(module).__name__}) has max_norm={module.max_norm}: it rewrites its weight when it "
-                "runs, so it is no function of it. Set max_norm=None."
+                f"Layer {name!r} ({type(module).__name__}) has max_norm={module.max_norm}: it rewrites its weight when "
+                "it runs, so it is no function of it. Set max_norm=None."
             )
         alone = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
         if alone:

@@ -26,10 +26,14 @@ class Cache:
 
     def get(self, name: str, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value kept under the name, if its key is this one; else a new one."""
-        if name not in self._kept or self._kept[name][0] != key:
+        if not self.holds(name, key):
             self._kept.pop(name, None)  # freed before the next one is made
             self._kept[name] = key, make()
         return self._kept[name][1]
+
+    def holds(self, name: str, key: Hashable) -> bool:
+        """Whether `get` would find the value."""
+        return name in self._kept and self._kept[name][0] == key
 
     def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
         return Cache, ()

@@ -47,7 +47,8 @@ def conjugate_gradients(
     """
     limit = min(10 * b.shape[-1], 1000) if max_iter is None else max_iter
     precondition = precondition or torch.clone
-    x = torch.zeros_like(b) if x0 is None else x0.expand_as(b).clone()
+    # A right-hand side of zero has a tolerance of zero, too: only the start at zero reaches it.
+    x = torch.zeros_like(b) if x0 is None else torch.where(b.any(-1, keepdim=True), x0, 0)
     r = b.clone() if x0 is None else b - product(x)
     target = (rtol * b.norm(dim=-1)).clamp(min=atol)
     active = _indices(r.norm(dim=-1) > target)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nngeo.linalg.cache import Cache, version
+from nngeo.linalg.matrixfunction import matrix_function
+from nngeo.linalg.spectrum import Spectrum, cleaned, extremes, logarithm, not_positive, power
+
+Eigen = tuple[Tensor, Tensor]
 
 
 def reciprocal(values: Tensor, regul: float, what: str = "matrix") -> Tensor:
@@ -18,10 +23,7 @@ def reciprocal(values: Tensor, regul: float, what: str = "matrix") -> Tensor:
         ValueError: `regul == 0` and an eigenvalue that is zero up to rounding.
     """
     if regul == 0 and values.numel() and values.abs().min() <= torch.finfo(values.dtype).eps * values.abs().max():
-        raise ValueError(
-            f"The {what} is singular (eigenvalues from {values.min():.1e} to {values.max():.1e}): "
-            "solve with `regul` > 0."
-        )
+        raise ValueError(f"The {what} is singular ({extremes(values)}): solve with `regul` > 0.")
     return 1 / (values + regul)
 
 
@@ -33,19 +35,123 @@ def spectral_norm(values: Tensor, ord: str | int) -> Tensor:
 
 
 class SymmetricMatrix:
-    """A symmetric matrix (p, p), not necessarily positive; decompositions are made again when it changes in place."""
+    """A symmetric matrix (p, p), not necessarily positive; decompositions are made again when it changes in place.
 
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
+    Args:
+        eigen: eigenvalues and eigenvectors in columns, where they follow from those of another matrix. Derivatives by
+            the eigenvalues then need none of the eigenvectors.
+        source: this other matrix, if its eigenvectors may still have to be computed.
+        damped: whether it is positive by construction, however small its eigenvalues are.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        eigen: Callable[[], Eigen] | None = None,
+        source: SymmetricMatrix | None = None,
+        damped: bool = False,
+    ):
+        self.tensor, self.damped = tensor, damped
+        self._eigen, self._source, self._version = eigen, source, version(tensor)
         self._cache = Cache()
 
-    def eigh(self) -> tuple[Tensor, Tensor]:
+    @property
+    def known(self) -> bool:
+        """Whether eigenvalues and eigenvectors cost nothing more."""
+        if self.diagonalised:
+            return self._source is None or self._source.known
+        return self._cache.holds("eigh", ((), version(self.tensor)))
+
+    @property
+    def diagonalised(self) -> bool:
+        """Whether the eigenvectors are those of another matrix."""
+        return self._eigen is not None and self._version == version(self.tensor)
+
+    def eigh(self) -> Eigen:
         """Eigenvalues (p,), ascending, and eigenvectors (p, p) in columns. Cost O(p^3), once."""
-        return self._cache.get("eigh", version(self.tensor), lambda: torch.linalg.eigh(self.tensor))
+        if self.diagonalised:
+            values, vectors = self.spectrum()
+            order = values.detach().argsort()
+            return values[order], vectors[:, order]
+        return self._kept("eigh", (), lambda: torch.linalg.eigh(self.tensor))
+
+    def spectrum(self) -> Eigen:
+        """Eigenvalues (p,) in no order, zero where rounding can't tell them from it, and eigenvectors in columns."""
+        if self._eigen is not None and self.diagonalised:
+            return self._eigen()
+        values, vectors = self.eigh()
+        return cleaned(values), vectors
+
+    def basis(self) -> Spectrum:
+        """The eigenvalues of `spectrum()`, with the maps into the eigenbasis and back."""
+        values, vectors = self.spectrum()
+        return Spectrum(values, lambda v: v @ vectors, lambda c: c @ vectors.mT)
+
+    def scaled(self, factor: float | Tensor) -> SymmetricMatrix:
+        """A multiple; with the same eigenvectors, where the factor may have a gradient."""
+        if not isinstance(factor, Tensor):
+            return SymmetricMatrix(factor * self.tensor)
+
+        def eigen() -> Eigen:
+            values, vectors = self.spectrum()
+            return factor * values, vectors
+
+        return SymmetricMatrix(factor * self.tensor, eigen, self)
+
+    def shifted(self, damping: Tensor) -> SymmetricMatrix:
+        """`M + damping I`, or `M + diag(damping)`: 0-d keeps the eigenvectors, (p,) does not."""
+        tensor = self.tensor.clone()
+        tensor.diagonal().add_(damping)
+        damped = bool((damping > 0).all())
+        if damping.ndim:
+            return SymmetricMatrix(tensor, damped=damped)
+
+        def eigen() -> Eigen:
+            values, vectors = self.spectrum()
+            return values + damping, vectors
+
+        return SymmetricMatrix(tensor, eigen, self, damped)
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> SymmetricMatrix:
+        """The matrix with f applied to its eigenvalues (p,)."""
+        if self.tensor.requires_grad and not self.diagonalised:
+            return SymmetricMatrix(matrix_function(self.tensor, f))
+        values, vectors = self.spectrum()
+        new = f(values)
+        return SymmetricMatrix((vectors * new) @ vectors.mT, lambda: (new, vectors))
+
+    def apply(self, f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """`function(f)` times v (..., p), without the matrix where no derivative is asked for."""
+        if self.tensor.requires_grad and not self.diagonalised:
+            return v @ self.function(f).tensor
+        values, vectors = self.spectrum()
+        return ((v @ vectors) * f(values)) @ vectors.mT
+
+    def inverse(self) -> SymmetricMatrix:
+        """By eigenvalues where they are known, else as `solve`."""
+        if self.known:
+            return self.function(partial(power, exponent=-1.0))
+        p = len(self.tensor)
+        columns = self.solve(torch.eye(p, dtype=self.tensor.dtype, device=self.tensor.device), 0.0)
+        return SymmetricMatrix((columns + columns.mT) / 2, damped=self.damped)
+
+    def logdet(self) -> Tensor:
+        """0-d, by eigenvalues where they are known, else by Cholesky, in float64 where rounding breaks it in float32.
+
+        Raises:
+            ValueError: the matrix is not positive definite; with its smallest eigenvalue.
+        """
+        if self.known:
+            return logarithm(self.spectrum()[0]).sum()
+        for dtype in dict.fromkeys((self.tensor.dtype, torch.float64)):
+            lower, info = torch.linalg.cholesky_ex(self.tensor.to(dtype))
+            if not info and not _negligible(lower.diagonal().detach().square(), self.damped):
+                return 2 * lower.diagonal().log().sum().to(self.tensor.dtype)
+        raise not_positive(cleaned(torch.linalg.eigvalsh(self.tensor.detach())))
 
     def norm(self, ord: str | int) -> Tensor:
         """The Frobenius norm ("fro"), or the largest (2) or smallest (-2) singular value."""
-        return self.tensor.norm() if ord == "fro" else spectral_norm(self.eigh()[0], ord)
+        return self.tensor.norm() if ord == "fro" else spectral_norm(self.spectrum()[0], ord)
 
     def solve(self, v: Tensor, regul: float) -> Tensor:
         """`(M + regul I)^-1 v` for v (..., p): O(p^3) for a new `regul`, O(p^2) a vector after that.
@@ -55,32 +161,44 @@ class SymmetricMatrix:
         Raises:
             ValueError: `M + regul I` is singular.
         """
-        solve = self._cache.get("solve", (regul, *version(self.tensor)), lambda: self._factor(regul))
+        solve = self._kept("solve", regul, lambda: self._factor(regul))
         columns = v.reshape(-1, v.shape[-1]).mT
         return solve(columns).mT.reshape(v.shape).to(v.dtype)
 
     def _factor(self, regul: float) -> Callable[[Tensor], Tensor]:
+        damped = bool(regul) or self.damped
         for dtype in dict.fromkeys((self.tensor.dtype, torch.float64)):
-            damped = self.tensor.to(dtype, copy=True)
-            damped.diagonal().add_(regul)
-            lower, info = torch.linalg.cholesky_ex(damped)
+            matrix = self.tensor.to(dtype, copy=True)
+            matrix.diagonal().add_(regul)
+            lower, info = torch.linalg.cholesky_ex(matrix)
             if not info:
-                _refuse_singular(lower.diagonal().square(), regul)
+                self._refuse_singular(lower.diagonal().detach().square(), regul, damped)
                 return partial(_cholesky_solve, lower)
-        lu, pivots, _ = torch.linalg.lu_factor_ex(damped)
-        _refuse_singular(lu.diagonal().abs(), regul)
+        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        self._refuse_singular(lu.diagonal().detach().abs(), regul, damped)
         return lambda columns: torch.linalg.lu_solve(lu, pivots, columns.to(lu.dtype))
+
+    def _refuse_singular(self, pivots: Tensor, regul: float, damped: bool) -> None:
+        """Pivots of a damped positive matrix are at least the damping; else they tell whether it is singular."""
+        if _negligible(pivots, damped):
+            values = torch.linalg.eigvalsh(self.tensor.detach())
+            raise ValueError(
+                f"The matrix is singular ({extremes(values)}), with regul={regul}: solve with a larger `regul`, or "
+                "add damping (`F + damping`)."
+            )
+
+    def _kept(self, name: str, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is derived, once for each version. A graph can be walked only once, so it is not kept."""
+        if self.tensor.requires_grad and torch.is_grad_enabled():
+            return make()
+        return self._cache.get(name, (key, version(self.tensor)), make)
 
 
 def _cholesky_solve(lower: Tensor, columns: Tensor) -> Tensor:
     return torch.cholesky_solve(columns.to(lower.dtype), lower)
 
 
-def _refuse_singular(pivots: Tensor, regul: float) -> None:
-    """Pivots of a damped positive matrix are at least `regul`; without damping they tell whether it is singular."""
-    least = 0.0 if regul else len(pivots) * torch.finfo(pivots.dtype).eps * float(pivots.max())
-    if not float(pivots.min()) > least:
-        raise ValueError(
-            f"The matrix is singular (pivots from {pivots.min():.1e} to {pivots.max():.1e}), "
-            f"with regul={regul}: solve with a larger `regul`."
-        )
+def _negligible(pivots: Tensor, damped: bool) -> bool:
+    """Whether a pivot is zero up to rounding; of a damped matrix, zero."""
+    least = 0.0 if damped else len(pivots) * torch.finfo(pivots.dtype).eps * float(pivots.max())
+    return not float(pivots.min()) > least

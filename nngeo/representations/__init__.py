@@ -6,14 +6,17 @@ from nngeo.representations.block import Block
 from nngeo.representations.blockdiag import DenseBlock, PMatBlockDiag
 from nngeo.representations.dense import PMatDense
 from nngeo.representations.diag import DiagBlock, PMatDiag
-from nngeo.representations.ekfac import KroneckerEigenBlock, PMatEKFAC
+from nngeo.representations.eigenblock import KroneckerEigenBlock
+from nngeo.representations.ekfac import PMatEKFAC
 from nngeo.representations.eye import PMatEye
 from nngeo.representations.fspace import FMatDense
 from nngeo.representations.implicit import PMatImplicit
 from nngeo.representations.implicitmap import PFMapImplicit
-from nngeo.representations.kfac import KroneckerBlock, PMatKFAC
+from nngeo.representations.kfac import PMatKFAC
+from nngeo.representations.kroneckerblock import KroneckerBlock
 from nngeo.representations.layerwise import LayerwisePMat
 from nngeo.representations.lowrank import PMatLowRank
+from nngeo.representations.lowrankdiag import PMatLowRankPlusDiag
 from nngeo.representations.maps import PFMap, PFMapDense, random_pfmap
 from nngeo.representations.mixed import PMatEKFACBlockDiag, PMatMixed
 from nngeo.representations.quasidiag import PMatQuasiDiag, QuasiDiagBlock
@@ -42,6 +45,7 @@ __all__ = [
     "PMatImplicit",
     "PMatKFAC",
     "PMatLowRank",
+    "PMatLowRankPlusDiag",
     "PMatMixed",
     "PMatQuasiDiag",
     "QuasiDiagBlock",

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from nngeo.representations.coordinates import coordinates
-from nngeo.representations.estimate import Estimate, check_kind
+from nngeo.representations.estimate import check_kind
+from nngeo.representations.exchange import Exchange
 from nngeo.representations.memory import fitting_representations, require_memory
+from nngeo.representations.pooling import Pooling
 from nngeo.representations.solvers import SOLVERS
 from nngeo.representations.state import check_header, check_match, header, layers_of
 from nngeo.vectors import PVector
@@ -28,7 +30,7 @@ X = TypeVar("X", Tensor, PVector, "PFMapDense")
 MATRICES: dict[str, type[PMat]] = {}
 
 
-class PMat(Estimate):
+class PMat(Pooling, Exchange):
     """A symmetric matrix (P, P) over the parameters of a LayerCollection: the mean over examples of `J' M J`.
 
     It acts on a PVector, a PFMapDense or a tensor (..., P), and answers in kind. A matrix over some layers acts on the
@@ -57,8 +59,7 @@ class PMat(Estimate):
     def _norm(self, ord: str | int) -> Tensor: ...
 
     @abstractmethod
-    def get_diag(self) -> Tensor:
-        """(P,), the diagonal."""
+    def _diag(self) -> Tensor: ...
 
     @property
     def _sample(self) -> Tensor:
@@ -102,12 +103,29 @@ class PMat(Estimate):
         """The map (k, n, P) with M applied to each of its rows."""
         return self.mv(pfmap)
 
-    def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
-        """`j' M j` for the rows j of the map: (k, n) with reduction="diag", summed over outputs (n,) with "sum"."""
-        if reduction not in ("sum", "diag"):
-            raise ValueError(f"Unknown reduction {reduction!r}; known are 'sum' -> (n,) and 'diag' -> (k, n).")
-        rows = self.vTMv(pfmap)  # type: ignore[arg-type]
-        return rows.sum(0) if reduction == "sum" else rows
+    def __rmatmul__(self, other: Any) -> Any:
+        """The matrix is symmetric: `J @ M` are the products with the rows of J."""
+        return self.mv(other)
+
+    def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Any:
+        """`J M J'` for the map J (k, n, P), or the part of it that `reduction` names; P x P is never formed.
+
+        "full": all of it, an FMatDense (k, n, k, n); "blocks": (n, k, k), the part within each example; "diag":
+        (k, n), `j' M j` for the rows j; "sum": (n,), the diagonal summed over outputs; "trace": 0-d.
+        `J @ M @ J.T` is the full one.
+        """
+        if reduction not in ("full", "blocks", "diag", "sum", "trace"):
+            raise ValueError(
+                f"Unknown reduction {reduction!r}; known are 'full' -> (k, n, k, n), 'blocks' -> (n, k, k), 'diag' -> "
+                "(k, n), 'sum' -> (n,) and 'trace' -> ()."
+            )
+        if reduction == "full":
+            return self.mv(pfmap) @ pfmap.T
+        rows, _ = self._coordinates(pfmap)
+        if reduction == "blocks":
+            return torch.einsum("knp,lnp->nkl", self._mv(rows), rows)
+        diag = (self._mv(rows) * rows).sum(-1)
+        return {"diag": diag, "sum": diag.sum(0), "trace": diag.sum()}[reduction]
 
     def solve(self, x: X, regul: float = 1e-8, solve: str = "default", **options: Any) -> X:
         """`(M + regul I)^-1 x`, of the type of x: exact Tikhonov damping, whatever the representation.
@@ -128,6 +146,10 @@ class PMat(Estimate):
         return back(solvers[solve](flat, float(regul), **options))
 
     # Numbers
+
+    def get_diag(self, inverse: bool = False) -> Tensor:
+        """(P,), the diagonal, or that of the inverse."""
+        return self.inv()._diag() if inverse else self._diag()
 
     def trace(self) -> Tensor:
         """The trace, 0-d."""

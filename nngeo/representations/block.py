@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from nngeo.layers.collection import Layer
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.spectrum import Spectrum, logarithm, power
 from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.estimate import positive_count
+from nngeo.representations.memory import require_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,10 +99,55 @@ class Block(ABC):
         """All p of them, in any shape and order."""
 
     @abstractmethod
-    def scaled(self, factor: float) -> Self: ...
+    def scaled(self, factor: float | Tensor) -> Self: ...
 
     @abstractmethod
     def added(self, other: Self) -> Self: ...
+
+    def added_exactly(self, other: Block) -> Block:
+        """The sum, where `added` may be an approximation."""
+        return self.added(other)
+
+    def empty(self) -> Self:
+        """Zero in the form of this block, as of no examples."""
+        return self.scaled(0.0)
+
+    def pooled(self, other: Self, weight: float, other_weight: float) -> Self:
+        """The block of two sets of examples, whose sums are averaged with these weights."""
+        return self.scaled(weight).added(other.scaled(other_weight))
+
+    # Damping and functions: by a dense matrix, where the block does not know better
+
+    def shifted(self, damping: Tensor) -> Block:
+        """With damping, 0-d or (p,), added to the diagonal; a DenseBlock where the block has no room for it."""
+        return self._as_dense().shifted(damping)
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> Block:
+        """With f, which takes tensors of any shape, applied to the eigenvalues."""
+        return self._as_dense().function(f)
+
+    def spectrum(self) -> Spectrum:
+        """All p eigenvalues, zero where rounding can't tell them from it, with the eigenbasis."""
+        return self._as_dense().spectrum()
+
+    def inverse(self) -> Block:
+        """Raises ValueError for a singular block."""
+        return self.function(partial(power, exponent=-1.0))
+
+    def logdet(self) -> Tensor:
+        """0-d; raises ValueError for a block that is not positive definite."""
+        return logarithm(self.spectrum().values).sum()
+
+    def apply(self, f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """`function(f).mv(v)`, without the matrix."""
+        spectrum = self.spectrum()
+        return spectrum.back(spectrum.into(v) * f(spectrum.values))
+
+    def _as_dense(self) -> Block:
+        like = self.diag()
+        instead = "Use a 0-d damping for each layer: it keeps the structure of Kronecker factors."
+        require_memory(f"The dense form of a {type(self).__name__}", len(like) ** 2, like.dtype, like.device, instead)
+        return BLOCKS["DenseBlock"](self.to_torch())  # type: ignore[call-arg]
 
     def trace(self) -> Tensor:
         """0-d."""
@@ -124,6 +172,14 @@ class Block(ABC):
         """The fields as plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return {name: list(astuple(v)) if isinstance(v, MatrixView) else v for name, v in values.items()}
+
+    @classmethod
+    def picked(cls, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """The values of `tensors` from a state in which their names have a prefix."""
+        keys = [f.name for f in fields(cls) if f.init]
+        if missing := [key for key in keys if prefix + key not in state]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        return {key: state[prefix + key] for key in keys}
 
     @classmethod
     def from_tensors(cls, values: Mapping[str, Any]) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import SymmetricMatrix
 from nngeo.representations.block import Block
 from nngeo.representations.layerwise import LayerwisePMat
@@ -46,6 +48,13 @@ class DenseBlock(Block):
     def stored(cls, record: LayerRecord, **options: Any) -> int:
         return record.layer.numel() ** 2
 
+    @classmethod
+    def of(cls, symmetric: SymmetricMatrix) -> DenseBlock:
+        """With the decompositions that are known."""
+        block = cls(symmetric.tensor)
+        block._cache.get("symmetric", None, lambda: symmetric)
+        return block
+
     @property
     def symmetric(self) -> SymmetricMatrix:
         """The matrix with its decompositions."""
@@ -69,8 +78,26 @@ class DenseBlock(Block):
     def to_torch(self) -> Tensor:
         return self.matrix.clone()
 
-    def scaled(self, factor: float) -> DenseBlock:
-        return DenseBlock(factor * self.matrix)
+    def shifted(self, damping: Tensor) -> DenseBlock:
+        return DenseBlock.of(self.symmetric.shifted(damping))
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> DenseBlock:
+        return DenseBlock.of(self.symmetric.function(f))
+
+    def inverse(self) -> DenseBlock:
+        return DenseBlock.of(self.symmetric.inverse())
+
+    def logdet(self) -> Tensor:
+        return self.symmetric.logdet()
+
+    def spectrum(self) -> Spectrum:
+        return self.symmetric.basis()
+
+    def apply(self, f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        return self.symmetric.apply(f, v)
+
+    def scaled(self, factor: float | Tensor) -> DenseBlock:
+        return DenseBlock.of(self.symmetric.scaled(factor))
 
     def added(self, other: DenseBlock) -> DenseBlock:
         return DenseBlock(self.matrix + other.matrix)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nngeo.linalg.cache import Cache
+from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import SymmetricMatrix
 from nngeo.representations.base import PMat
+from nngeo.representations.damping import Damping
+from nngeo.representations.finite import require_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +35,10 @@ class PMatDense(PMat):
         generator, layers = self._source(), self.layer_collection
         p = layers.numel()
         self._require_memory("PMatDense", p**2, generator.dtype, generator.device)
-        return generator.dense(examples, layers)
+        data, n = generator.dense(examples, layers)
+        if not bool(data.isfinite().all()):
+            require_finite({name: [part] for name, part in layers.split(data.diagonal()).items()}, "this PMatDense")
+        return data, n
 
     def _checked(self, data: Any) -> Tensor:
         if data.shape != self.size():
@@ -44,14 +51,20 @@ class PMatDense(PMat):
         cache = self.__dict__.setdefault("_cache", Cache())
         return cache.get("symmetric", id(self.data), lambda: SymmetricMatrix(self.data))
 
+    def _of(self, symmetric: SymmetricMatrix) -> Self:
+        """Another matrix over the same layers, with the decompositions that are known."""
+        new = self._derived(symmetric.tensor)
+        cache = new.__dict__.setdefault("_cache", Cache())
+        cache.get("symmetric", id(new.data), lambda: symmetric)
+        return new
+
     def _mv(self, v: Tensor) -> Tensor:
         return v @ self.data
 
     def _solve(self, v: Tensor, regul: float) -> Tensor:
         return self.symmetric.solve(v, regul)
 
-    def get_diag(self) -> Tensor:
-        """(P,), the diagonal."""
+    def _diag(self) -> Tensor:
         return self.data.diagonal().clone()
 
     def _norm(self, ord: str | int) -> Tensor:
@@ -60,12 +73,32 @@ class PMatDense(PMat):
     def _dense(self) -> Tensor:
         return self.data.clone()
 
+    def _shifted(self, damping: Damping) -> Self:
+        return self._of(self.symmetric.shifted(damping.flat()))
+
+    def _function(self, f: Callable[[Tensor], Tensor]) -> Self:
+        return self._of(self.symmetric.function(f))
+
+    def _inverse(self) -> Self:
+        return self._of(self.symmetric.inverse())
+
+    def _logdet(self) -> Tensor:
+        return self.symmetric.logdet()
+
+    def _spectrum(self) -> Spectrum:
+        return self.symmetric.basis()
+
+    def _draws(self, normal: Callable[[int], Tensor], f: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.symmetric.apply(f, normal(len(self.data)))
+
     def get_eigendecomposition(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (P,), ascending, and eigenvectors in columns (P, P); computed once."""
         return self.symmetric.eigh()
 
-    def _scaled(self, factor: float) -> Self:
-        return self._like(factor * self.data, self.n_examples)
+    def _scaled(self, factor: float | Tensor) -> Self:
+        new = self._of(self.symmetric.scaled(factor))
+        new.n_examples, new.generator = self.n_examples, self.generator
+        return new
 
     def _added(self, other: Self) -> Self:
         return self._like(self.data + other.data, self._joint_count(other))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.block import Block
 from nngeo.representations.layerwise import LayerwisePMat
@@ -53,7 +55,16 @@ class DiagBlock(Block):
     def eigenvalues(self) -> Tensor:
         return self.entries
 
-    def scaled(self, factor: float) -> DiagBlock:
+    def shifted(self, damping: Tensor) -> DiagBlock:
+        return DiagBlock(self.entries + damping)
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> DiagBlock:
+        return DiagBlock(f(self.entries))
+
+    def spectrum(self) -> Spectrum:
+        return Spectrum(self.entries, lambda v: v, lambda c: c)
+
+    def scaled(self, factor: float | Tensor) -> DiagBlock:
         return DiagBlock(factor * self.entries)
 
     def added(self, other: DiagBlock) -> DiagBlock:

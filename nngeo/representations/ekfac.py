@@ -3,91 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nngeo.layers.collection import Layer
-from nngeo.linalg.kronecker import KroneckerBasis, outer
-from nngeo.linalg.outer import MatrixView
-from nngeo.linalg.symmetric import reciprocal
-from nngeo.representations.block import Block, Sums
-from nngeo.representations.kfac import FactoredPMat, KroneckerBlock, Moments, moments, zero_view
+from nngeo.representations.block import Block, Statistic, Sums
+from nngeo.representations.eigenblock import KroneckerEigenBlock
+from nngeo.representations.finite import require_finite
+from nngeo.representations.kfac import FactoredPMat
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from nngeo.generators import LayerRecord
-
-
-@dataclass(frozen=True, eq=False)
-class KroneckerEigenBlock(Block):
-    """Scalings (n, o, i) in the basis of ug (n, o, o) and ua (n, i, i); ua is None for the identity."""
-
-    ug: Tensor
-    scalings: Tensor
-    view: MatrixView
-    ua: Tensor | None = None
-
-    @staticmethod
-    def statistic(record: LayerRecord, **options: Any) -> Moments:
-        return moments(record, options["weight_sharing"])
-
-    @classmethod
-    def stored(cls, record: LayerRecord, **options: Any) -> int:
-        return record.factors().moment_entries(options["weight_sharing"])
-
-    @classmethod
-    def from_means(cls, layer: Layer, view: MatrixView | None, *means: Tensor) -> KroneckerEigenBlock:
-        da, dg, basis = KroneckerBlock.from_means(layer, view, *means).eigen()
-        assert view is not None
-        return cls(basis.ug, outer(dg, da), view, basis.ua)
-
-    @classmethod
-    def zeros(cls, layer: Layer, like: Tensor) -> KroneckerEigenBlock:
-        return cls(like.new_ones(1, 1, 1), like.new_zeros(1, 1, layer.numel()), zero_view(layer))
-
-    @property
-    def basis(self) -> KroneckerBasis:
-        """The eigenbasis."""
-        return KroneckerBasis(self.ua, self.ug)
-
-    def second_moments(self, record: LayerRecord) -> tuple[Tensor]:
-        if record.view != self.view:
-            raise ValueError(
-                f"Layer {record.layer.name!r} is used otherwise by these examples than by those of the eigenbasis: "
-                "estimate the matrix from examples that use every layer."
-            )
-        return (record.factors().rotate(self.ua, self.ug).squares(),)
-
-    def rescaled(self, *means: Tensor) -> KroneckerEigenBlock:
-        return replace(self, scalings=means[0]) if means else self
-
-    def _scale(self, v: Tensor, scalings: Tensor) -> Tensor:
-        return self.view.to_flat(self.basis.scale(self.view.to_matrix(v), scalings))
-
-    def mv(self, v: Tensor) -> Tensor:
-        return self._scale(v, self.scalings)
-
-    def solve(self, v: Tensor, regul: float) -> Tensor:
-        return self._scale(v, reciprocal(self.scalings, regul, "block"))
-
-    def diag(self) -> Tensor:
-        return self.view.to_flat(self.basis.diagonal(self.scalings))
-
-    def trace(self) -> Tensor:
-        return self.scalings.sum()
-
-    def eigenvalues(self) -> Tensor:
-        return self.scalings
-
-    def scaled(self, factor: float) -> KroneckerEigenBlock:
-        return replace(self, scalings=factor * self.scalings)
-
-    def added(self, other: KroneckerEigenBlock) -> NoReturn:
-        raise NotImplementedError(
-            "The sum of matrices in two eigenbases has another one. Estimate one matrix from the examples of both, or "
-            "apply both: `F1.mv(v) + F2.mv(v)`. PMatDiag, PMatBlockDiag and PMatDense add exactly."
-        )
 
 
 class EigenbasisPMat(FactoredPMat):
@@ -104,8 +32,45 @@ class EigenbasisPMat(FactoredPMat):
         for batch in self._source().records(examples, self.layer_collection):
             sums.add(batch, lambda record: self.data[record.layer.name].second_moments(record))
         means = sums.means()
+        require_finite(means, f"this {type(self).__name__}")
         self.data = {name: block.rescaled(*means[name]) for name, block in self.data.items()}
         self.n_examples, self.updated = sums.n_examples, True
+
+    def _estimated(self, examples: Any) -> Self:
+        """From other examples; where the scalings were updated, those of the examples in the same eigenbasis."""
+        if not self.updated:
+            return super()._estimated(examples)
+        sums, records, options = Sums(), {}, self._options()
+
+        def statistic(record: LayerRecord) -> Statistic:
+            records[record.layer.name] = record
+            block = self.data[record.layer.name]
+            return block.second_moments(record) or block.statistic(record, **options)
+
+        for batch in self._source().records(examples, self.layer_collection):
+            sums.add(batch, statistic)
+        means = sums.means()
+        require_finite(means, f"this {type(self).__name__}")
+        data: dict[str, Block] = {}
+        for name, block in self.data.items():
+            if not means[name]:
+                data[name] = block.empty()
+            elif isinstance(block, KroneckerEigenBlock):
+                data[name] = block.rescaled(*means[name])
+            else:
+                record = records[name]
+                data[name] = block.from_means(record.layer, record.view, *means[name])
+        return self._like(data, sums.n_examples)
+
+    def _added(self, other: Self) -> Self:
+        return self._both_updated(other, super()._added(other))
+
+    def _pooled(self, other: Self, weight: float, other_weight: float) -> Self:
+        return self._both_updated(other, super()._pooled(other, weight, other_weight))
+
+    def _both_updated(self, other: Self, total: Self) -> Self:
+        total.updated = self.updated and other.updated
+        return total
 
     def _state(self) -> dict[str, Any]:
         return super()._state() | {"updated": self.updated}

@@ -30,6 +30,8 @@ class Estimate(ABC):
     generator: Generator | None
     data: Any
 
+    __array_ufunc__ = None  # `array + matrix` is an error, not an array of matrices
+
     def __init__(
         self,
         layer_collection: LayerCollection,
@@ -41,7 +43,8 @@ class Estimate(ABC):
             raise ValueError(f"{type(self).__name__} takes exactly one of `data` and `examples`.")
         self.layer_collection, self.generator = layer_collection, generator
         if data is None:
-            self.data, self.n_examples = self._estimate(examples)
+            with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                self.data, self.n_examples = self._estimate(examples)
         else:
             self.data = self._checked(data)
 
@@ -50,7 +53,8 @@ class Estimate(ABC):
         """Data, and the number of examples seen."""
 
     @abstractmethod
-    def _scaled(self, factor: float) -> Self: ...
+    def _scaled(self, factor: Any) -> Self:
+        """A multiple, by a number or by a 0-d tensor with a gradient."""
 
     @abstractmethod
     def _added(self, other: Self) -> Self:
@@ -89,7 +93,10 @@ class Estimate(ABC):
 
     def __mul__(self, factor: float | Tensor) -> Self:
         if isinstance(factor, Tensor) and factor.numel() == 1:
-            factor = factor.item()
+            # One with a gradient keeps it: multiples are differentiable in the factor.
+            factor = factor.reshape(()) if factor.requires_grad else factor.item()
+        if isinstance(factor, Tensor):
+            return self._scaled(factor) if factor.ndim == 0 else NotImplemented
         return self._scaled(float(factor)) if isinstance(factor, Real) else NotImplemented
 
     __rmul__ = __mul__

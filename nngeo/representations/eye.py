@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.base import PMat, entry
+from nngeo.representations.damping import Damping
+from nngeo.representations.diag import PMatDiag
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,9 +73,20 @@ class PMatEye(PMat):
     def _solve(self, v: Tensor, regul: float) -> Tensor:
         return reciprocal(self.data, regul) * v
 
-    def get_diag(self) -> Tensor:
-        """(P,), the diagonal."""
-        return self._sample.new_full((self.layer_collection.numel(),), float(self.data))
+    def _diag(self) -> Tensor:
+        return self.data.to(self._sample).repeat(self.layer_collection.numel())
+
+    def _shifted(self, damping: Damping) -> PMat:
+        """Still a multiple of the identity, or a PMatDiag where the damping is none."""
+        if isinstance(damping.value, Tensor) and not damping.value.ndim:
+            return self._derived(self.data + damping.value.to("cpu", torch.float64))
+        return PMatDiag(self.layer_collection, data=self._diag() + damping.flat())
+
+    def _function(self, f: Callable[[Tensor], Tensor]) -> Self:
+        return self._derived(f(self.data))
+
+    def _spectrum(self) -> Spectrum:
+        return Spectrum(self._diag(), lambda v: v, lambda c: c)
 
     def _norm(self, ord: str | int) -> Tensor:
         values = self.data.abs() * (self.layer_collection.numel() ** 0.5 if ord == "fro" else 1.0)
@@ -85,7 +99,8 @@ class PMatEye(PMat):
         self._kind = to(entry(state, "sample"))
         return self._checked(entry(state, "data"))
 
-    def _scaled(self, factor: float) -> Self:
+    def _scaled(self, factor: float | Tensor) -> Self:
+        factor = factor.to("cpu", torch.float64) if isinstance(factor, Tensor) else factor
         return self._like(factor * self.data, None)
 
     def _added(self, other: Self) -> Self:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +10,18 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import spectral_norm
-from nngeo.representations.base import PMat, entry
+from nngeo.representations.base import MATRICES, PMat, entry
 from nngeo.representations.block import BLOCKS, Block, Sums
+from nngeo.representations.damping import Damping
+from nngeo.representations.finite import require_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+HOLDERS: dict[type[Block], type[LayerwisePMat]] = {}  # the class that is made of each type of block
 
 
 class LayerwisePMat(PMat):
@@ -27,6 +32,11 @@ class LayerwisePMat(PMat):
 
     block_type: type[Block]
     data: dict[str, Block]
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "block_type" in cls.__dict__:
+            HOLDERS[cls.block_type] = cls
 
     def block_type_for(self, layer: Layer, view: MatrixView | None) -> type[Block]:
         """The type of a layer's block; `view` is None where the layer has no Kronecker factors."""
@@ -54,6 +64,7 @@ class LayerwisePMat(PMat):
                 self._require_memory(f"The blocks of {type(self).__name__}", stored, like.dtype, like.device)
             sums.add(batch, lambda record: kinds[record.layer.name][0].statistic(record, **options))
         means, data = sums.means(), {}
+        require_finite(means, f"this {type(self).__name__}")
         for name, layer in layers.layers.items():
             kind, view = kinds.get(name) or (self.block_type_for(layer, None), None)
             data[name] = kind.from_means(layer, view, *means[name]) if name in kinds else kind.zeros(layer, like)
@@ -69,6 +80,7 @@ class LayerwisePMat(PMat):
                     "not have. Use PMatDiag, PMatBlockDiag, PMatDense or PMatImplicit for it."
                 )
         dense, n = self._source().diagonal_blocks(examples, self.layer_collection)
+        require_finite({name: [block] for name, block in dense.items()}, f"this {type(self).__name__}")
         return {name: kinds[name].from_dense(layers[name], dense[name]) for name in layers}, n
 
     def _checked(self, data: Any) -> dict[str, Block]:
@@ -105,8 +117,7 @@ class LayerwisePMat(PMat):
 
         return super()._solvers() | {name: solver(name) for name in sorted(names)}
 
-    def get_diag(self) -> Tensor:
-        """(P,), the diagonal."""
+    def _diag(self) -> Tensor:
         return torch.cat([block.diag() for block in self.data.values()])
 
     def trace(self) -> Tensor:
@@ -119,16 +130,85 @@ class LayerwisePMat(PMat):
     def _dense(self) -> Tensor:
         return torch.block_diag(*[block.to_torch() for block in self.data.values()])
 
-    def _scaled(self, factor: float) -> Self:
+    # Damping and functions, block by block
+
+    def _of(self, make: Callable[[str, Block], Any]) -> LayerwisePMat:
+        """The matrix of other blocks, `make(name, block)`: of the class that is made of such blocks."""
+        blocks = self._by_layer(make)
+        if all(type(blocks[name]) is type(block) for name, block in self.data.items()):
+            return self._derived(blocks)
+        kinds = {type(block) for block in blocks.values()}
+        kind = HOLDERS[kinds.pop()] if len(kinds) == 1 and kinds <= set(HOLDERS) else MATRICES["PMatMixed"]
+        return kind(self.layer_collection, data=blocks)  # type: ignore[return-value]
+
+    def _by_layer(self, make: Callable[[str, Block], Any]) -> dict[str, Any]:
+        """What `make` returns for each layer; its errors name the layer."""
+        found = {}
+        for name, block in self.data.items():
+            try:
+                found[name] = make(name, block)
+            except ValueError as error:
+                raise ValueError(f"Layer {name!r}: {error}") from error
+        return found
+
+    def _shifted(self, damping: Damping) -> LayerwisePMat:
+        parts = damping.by_layer()
+        return self._of(lambda name, block: block.shifted(parts[name]))
+
+    def _function(self, f: Callable[[Tensor], Tensor]) -> LayerwisePMat:
+        return self._of(lambda name, block: block.function(f))
+
+    def _inverse(self) -> LayerwisePMat:
+        return self._of(lambda name, block: block.inverse())
+
+    def _logdet(self) -> Tensor:
+        return torch.stack(list(self._by_layer(lambda name, block: block.logdet()).values())).sum()
+
+    def _draws(self, normal: Callable[[int], Tensor], f: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = self.layer_collection.split(normal(self.layer_collection.numel()))
+        return torch.cat(list(self._by_layer(lambda name, block: block.apply(f, parts[name])).values()), -1)
+
+    def _spectrum(self) -> Spectrum:
+        spectra = {name: block.spectrum() for name, block in self.data.items()}
+        split = self.layer_collection.split
+        return Spectrum(
+            torch.cat([spectrum.values for spectrum in spectra.values()]),
+            lambda v: torch.cat([spectra[name].into(part) for name, part in split(v).items()], -1),
+            lambda c: torch.cat([spectra[name].back(part) for name, part in split(c).items()], -1),
+        )
+
+    def _scaled(self, factor: float | Tensor) -> Self:
         return self._like({name: block.scaled(factor) for name, block in self.data.items()}, self.n_examples)
 
-    def _added(self, other: Self) -> Self:
+    def _joined(self, other: LayerwisePMat, join: Callable[[Block, Block], Block]) -> dict[str, Block]:
+        """`join` of the blocks of each layer; where they are of two types, of which one is zero, of the other alone."""
+        blocks = {}
         for name, block in self.data.items():
-            if type(block) is not type(other.data[name]):
-                kinds = f"{type(block).__name__} and {type(other.data[name]).__name__}"
-                raise NotImplementedError(f"Layer {name!r} has different blocks in the two terms: {kinds}.")
-        blocks = {name: block.added(other.data[name]) for name, block in self.data.items()}
+            term = other.data[name]
+            kinds = f"{type(block).__name__} and {type(term).__name__}"
+            if type(block) is not type(term):
+                # A layer that no example reached has a block of a type that does not fit, and is zero.
+                used = [x for x in (block, term) if bool(x.diag().any())]
+                if len(used) > 1:
+                    raise NotImplementedError(f"Layer {name!r} has different blocks in the two terms: {kinds}.")
+                block, term = (block, block.empty()) if used[:1] != [term] else (term.empty(), term)
+            blocks[name] = join(block, term)
+        return blocks
+
+    def _added(self, other: Self) -> Self:
+        blocks = self._joined(other, lambda block, term: block.added(term))
         return self._like(blocks, self._joint_count(other))
+
+    def _pooled(self, other: Self, weight: float, other_weight: float) -> Self:
+        blocks = self._joined(other, lambda block, term: block.pooled(term, weight, other_weight))
+        return self._like(blocks, self._joint_count(other))
+
+    def _added_exactly(self, other: Any) -> LayerwisePMat:
+        if not isinstance(other, LayerwisePMat) or other.layer_collection != self.layer_collection:
+            self._check_term(other)
+        new = self._of(lambda name, block: block.added_exactly(other.data[name]))
+        new.n_examples = self._joint_count(other)
+        return new
 
     # State
 
@@ -146,14 +226,11 @@ class LayerwisePMat(PMat):
     def _load(self, state: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> dict[str, Block]:
         data = {}
         for name, kind in entry(state, "blocks").items():
-            keys = [f.name for f in fields(BLOCKS[kind]) if f.init]
-            if missing := [key for key in keys if f"{name}/{key}" not in state]:
-                raise ValueError(f"The state_dict of layer {name!r} is incomplete: it has no {', '.join(missing)}.")
-            values = {key: state[f"{name}/{key}"] for key in keys}
-            values = {key: to(value) if isinstance(value, Tensor) else value for key, value in values.items()}
             try:
+                values = BLOCKS[kind].picked(state, f"{name}/")
+                values = {key: to(value) if isinstance(value, Tensor) else value for key, value in values.items()}
                 data[name] = BLOCKS[kind].from_tensors(values)
                 data[name].diag()
-            except (AttributeError, RuntimeError, TypeError) as error:
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"The state_dict of layer {name!r} is incomplete or damaged: {error}") from error
         return self._checked(data)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nngeo.linalg.cache import Cache, version
+from nngeo.linalg.lowrank import LowRankPlusDiagonal
+from nngeo.linalg.spectrum import Spectrum, cleaned
 from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.base import PMat
+from nngeo.representations.damping import Damping
+from nngeo.representations.finite import require_finite
+from nngeo.representations.lowrankdiag import PMatLowRankPlusDiag, require_eigenbasis
 from nngeo.representations.maps import jacobian_of
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ class PMatLowRank(PMat):
 
     def _estimate(self, examples: Any) -> tuple[Tensor, int]:
         data, n = jacobian_of(self, examples, pad=True)
+        require_finite({name: [part] for name, part in self.layer_collection.split(data).items()}, "this PMatLowRank")
         return data.div_(n**0.5), n
 
     def _checked(self, data: Any) -> Tensor:
@@ -78,8 +85,7 @@ class PMatLowRank(PMat):
         solved = (within / (s.square() + regul)) @ vt
         return solved if full else solved + outside / regul
 
-    def get_diag(self) -> Tensor:
-        """(P,), the diagonal."""
+    def _diag(self) -> Tensor:
         return self.rows.square().sum(0)
 
     def trace(self) -> Tensor:
@@ -102,7 +108,34 @@ class PMatLowRank(PMat):
         s, vt = self.svd()
         return s.square(), vt.mT
 
-    def _scaled(self, factor: float) -> Self:
+    def _shifted(self, damping: Damping) -> PMatLowRankPlusDiag:
+        return PMatLowRankPlusDiag(self.layer_collection, data=self._form().shifted(damping.flat()))
+
+    def _function(self, f: Callable[[Tensor], Tensor]) -> PMatLowRankPlusDiag:
+        return PMatLowRankPlusDiag(self.layer_collection, data=self._form().function(f))
+
+    def _spectrum(self) -> Spectrum:
+        require_eigenbasis(self)
+        return self._form().spectrum()
+
+    def _logdet(self) -> Tensor:
+        return self._form().logdet()
+
+    def _top(self, k: int) -> tuple[Tensor, Tensor]:
+        return self._form().top(k)
+
+    def _draws(self, normal: Callable[[int], Tensor], f: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._form().function(f).mv(normal(self.layer_collection.numel()))
+
+    def _form(self) -> LowRankPlusDiagonal:
+        def thin() -> tuple[Tensor, Tensor]:
+            s, vt = self.svd()
+            return cleaned(s).square(), vt
+
+        rows = self.rows
+        return LowRankPlusDiagonal(rows, rows.new_ones(len(rows)), rows.new_zeros(()), thin)
+
+    def _scaled(self, factor: float | Tensor) -> Self:
         if factor < 0:
             raise NotImplementedError(
                 "A negative multiple, or a difference, of low-rank matrices is not of the form R'R. Use PMatDense."

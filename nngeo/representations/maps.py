@@ -176,6 +176,12 @@ def _(x: PFMapDense, layers: LayerCollection) -> tuple[Tensor, Callable[[Tensor]
     return flat, lambda y: PFMapDense(own, x.generator, data=embed(y, layers, own))
 
 
+@coordinates.register(Transpose)
+def _(x: Transpose, layers: LayerCollection) -> tuple[Tensor, Callable[[Tensor], Transpose]]:
+    flat, back = coordinates(x.T, layers)
+    return flat, lambda y: Transpose(back(y))
+
+
 def random_pfmap(
     layer_collection: LayerCollection,
     output_size: tuple[int, int],

@@ -11,7 +11,8 @@ from nngeo.layers.collection import Layer, LayerCollection
 from nngeo.linalg.outer import MatrixView, Sharing
 from nngeo.representations.block import Block
 from nngeo.representations.blockdiag import DenseBlock
-from nngeo.representations.ekfac import EigenbasisPMat, KroneckerEigenBlock
+from nngeo.representations.eigenblock import KroneckerEigenBlock
+from nngeo.representations.ekfac import EigenbasisPMat
 from nngeo.representations.layerwise import LayerwisePMat
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.outer import BUDGET, MatrixView, OuterProducts
+from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal, spectral_norm
 from nngeo.representations.block import Block
+from nngeo.representations.diag import DiagBlock
 from nngeo.representations.layerwise import LayerwisePMat
+from nngeo.representations.rows import RowsBlock
 
 if TYPE_CHECKING:
     from nngeo.generators import LayerRecord
@@ -99,7 +103,34 @@ class QuasiDiagBlock(Block):
             return spectral_norm(self.eigenvalues(), ord)
         return (self.diagonal.square().sum() + 2 * self.cross.square().sum()).sqrt()
 
-    def scaled(self, factor: float) -> QuasiDiagBlock:
+    def _unpacked(self) -> RowsBlock | DiagBlock:
+        """The same matrix, with room for its functions: those of an arrow matrix are dense."""
+        if self.cross is None or self.view is None:
+            return DiagBlock(self.diagonal)
+        matrices = self.view.to_matrix(self.diagonal).diag_embed()
+        matrices[..., -1, :-1] = matrices[..., :-1, -1] = self.cross
+        return RowsBlock(matrices, self.view)
+
+    def shifted(self, damping: Tensor) -> QuasiDiagBlock:
+        return replace(self, diagonal=self.diagonal + damping)
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> Block:
+        """A matrix for each row: memory O(o i^2)."""
+        return self._unpacked().function(f)
+
+    def inverse(self) -> Block:
+        return self._unpacked().inverse()
+
+    def logdet(self) -> Tensor:
+        return self._unpacked().logdet()
+
+    def apply(self, f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        return self._unpacked().apply(f, v)
+
+    def spectrum(self) -> Spectrum:
+        return self._unpacked().spectrum()
+
+    def scaled(self, factor: float | Tensor) -> QuasiDiagBlock:
         cross = None if self.cross is None else factor * self.cross
         return QuasiDiagBlock(factor * self.diagonal, cross, self.view)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nngeo.linalg.cg import ConvergenceWarning, conjugate_gradients
+from nngeo.linalg.cg import CGResult, ConvergenceWarning, conjugate_gradients
+from nngeo.linalg.lsmr import least_squares
+from nngeo.linalg.minres import minimal_residuals
 from nngeo.representations.coordinates import coordinates
 
 if TYPE_CHECKING:
@@ -32,6 +35,16 @@ def register_solver(name: str) -> Callable[[Solver], Solver]:
         return solver
 
     return register
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """Where an iterative solver stopped."""
+
+    solver: str
+    iterations: int
+    residual: float  # relative to the right-hand side, the largest of all vectors
+    converged: bool
 
 
 Map = Callable[[Tensor], Tensor]
@@ -69,45 +82,112 @@ def cg(
     max_iter: int | None = None,
     x0: Any = None,
     preconditioner: PMat | None = None,
+    report: Callable[[SolveReport], Any] | None = None,
 ) -> Tensor:
     """`(M + regul I)^-1 v` (..., P) by conjugate gradients: one product for each iteration and vector.
 
+    For positive definite matrices. All vectors advance together; a product serves those that are not done.
+
     Args:
         rtol: residual at which it stops, relative to v.
+        atol: or residual at which it stops, if that is larger.
         max_iter: 10 P, at most 1000, if None.
         x0: where it starts: PVector, PFMapDense or tensor (..., P).
         preconditioner: a PMat over the same layers, which is solved with the same `regul` once an iteration.
+        report: called with a SolveReport: `F.solve(v, solve="cg", report=reports.append)`.
 
     Warns:
         ConvergenceWarning: the tolerance was not reached; with the residual and iterations.
     """
-    if preconditioner is not None and preconditioner.layer_collection != matrix.layer_collection:
+    run = partial(conjugate_gradients, precondition=_precondition(matrix, preconditioner, regul))
+    return _solved("CG", run, matrix, v, regul, x0, report, rtol=rtol, atol=atol, max_iter=max_iter)
+
+
+@register_solver("minres")
+def minres(
+    matrix: PMat,
+    v: Tensor,
+    regul: float,
+    *,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_iter: int | None = None,
+    x0: Any = None,
+    preconditioner: PMat | None = None,
+    report: Callable[[SolveReport], Any] | None = None,
+) -> Tensor:
+    """`(M + regul I)^-1 v` (..., P) by minimal residuals: as `cg`, and for indefinite matrices, too (a Hessian).
+
+    The arguments are those of `cg`; the preconditioner has to be positive definite all the same.
+    """
+    run = partial(minimal_residuals, precondition=_precondition(matrix, preconditioner, regul))
+    return _solved("MINRES", run, matrix, v, regul, x0, report, rtol=rtol, atol=atol, max_iter=max_iter)
+
+
+@register_solver("lsmr")
+def lsmr(
+    matrix: PMat,
+    v: Tensor,
+    regul: float,
+    *,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_iter: int | None = None,
+    x0: Any = None,
+    report: Callable[[SolveReport], Any] | None = None,
+) -> Tensor:
+    """The x (..., P) that brings `(M + regul I) x` nearest to v, by SciPy's LSMR (Fong & Saunders, 2011).
+
+    For matrices that may be singular, with `regul=0`: without a solution it is the one of least squares, and of all of
+    these the nearest to `x0`, if it is none the smallest. Two products an iteration, in float64 and one vector after
+    the other. It stops where the residual, or its product with M, is below `rtol` relative to the norms of M, x and v:
+    for a badly conditioned matrix that is a larger residual than that of `cg` at the same `rtol`.
+
+    The arguments are those of `cg`, without a preconditioner. `max_iter` is 10 P, at most 1000, if None.
+    """
+    return _solved("LSMR", least_squares, matrix, v, regul, x0, report, rtol=rtol, atol=atol, max_iter=max_iter)
+
+
+def _precondition(matrix: PMat, preconditioner: PMat | None, regul: float) -> Map | None:
+    if preconditioner is None:
+        return None
+    if preconditioner.layer_collection != matrix.layer_collection:
         raise ValueError(
             f"The preconditioner is over other layers ({', '.join(preconditioner.layer_collection)}) than the matrix "
             f"({', '.join(matrix.layer_collection)})."
         )
+    return lambda r: preconditioner.solve(r, regul)
+
+
+def _solved(
+    name: str,
+    run: Callable[..., CGResult],
+    matrix: PMat,
+    v: Tensor,
+    regul: float,
+    x0: Any,
+    report: Callable[[SolveReport], Any] | None,
+    **tolerances: Any,
+) -> Tensor:
+    """The solutions of rows (..., P), differentiable in v."""
     start = None if x0 is None else coordinates(x0, matrix.layer_collection)[0].detach()
 
-    def solve(rhs: Tensor, start: Tensor | None = None) -> Tensor:
+    def solve(rhs: Tensor, start: Tensor | None = None, report: Callable[[SolveReport], Any] | None = None) -> Tensor:
         rows = rhs.reshape(-1, rhs.shape[-1])
-        found = conjugate_gradients(
-            lambda x: matrix.mv(x) + regul * x,
-            rows,
-            x0=None if start is None else start.expand_as(rhs).reshape(rows.shape),
-            rtol=rtol,
-            atol=atol,
-            max_iter=max_iter,
-            precondition=None if preconditioner is None else lambda r: preconditioner.solve(r, regul),
-        )
+        x0 = None if start is None else start.expand_as(rhs).reshape(rows.shape)
+        found = run(lambda x: matrix.mv(x) + regul * x, rows, x0=x0, **tolerances)
+        residual = float(found.residuals.max()) if len(rows) else 0.0
+        if report is not None:
+            report(SolveReport(name.lower(), found.iterations, residual, found.converged))
         if not found.converged:
             cause = " (a direction of no positive curvature was met)" if found.indefinite else ""
             warnings.warn(
-                f"CG stopped after {found.iterations} iterations at a relative residual of "
-                f"{float(found.residuals.max()):.1e}, above rtol={rtol:.1e}{cause}: "
-                "raise `max_iter` or `regul`, or give a `preconditioner`.",
+                f"{name} stopped after {found.iterations} iterations at a relative residual of {residual:.1e}, above "
+                f"rtol={tolerances['rtol']:.1e}{cause}: raise `max_iter` or `regul`, or give a `preconditioner`.",
                 ConvergenceWarning,
                 stacklevel=2,
             )
         return found.x.reshape(rhs.shape)
 
-    return symmetric_map(v, partial(solve, start=start), solve)
+    # Derivatives are other right-hand sides: neither the start nor the report is for them.
+    return symmetric_map(v, partial(solve, start=start, report=report), solve)

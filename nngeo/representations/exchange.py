@@ -1,0 +1,79 @@
+"""Matrices in files, on other devices, in numpy and scipy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from nngeo.layers.collection import LayerCollection
+from nngeo.representations.files import read, write
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from nngeo.generators import Generator
+
+
+class Exchange:
+    """What a PMat has in common with the world outside torch's models: a mixin of PMat."""
+
+    def save(self, path: str | Path) -> None:
+        """Save in safetensors, with a header that names class, layers, shapes, count and convention.
+
+        Written beside `path` and renamed, so that there never is half a file. A PMatImplicit has nothing to save.
+        """
+        write(path, self.state_dict())  # type: ignore[attr-defined]
+
+    @classmethod
+    def load(
+        cls, path: str | Path, layer_collection: LayerCollection | None = None, generator: Generator | None = None
+    ) -> Self:
+        """A saved matrix: of the class that the file names, which must be this one or, as PMat.load, any.
+
+        Args:
+            layer_collection: the layers to expect; by default those of the file.
+            generator: to run the model with, for updates.
+
+        Raises:
+            FileNotFoundError: there is no file.
+            ValueError: it is truncated, foreign, or of another class or other layers.
+        """
+        state = read(path)
+        new = cls.from_state_dict(state, generator)  # type: ignore[attr-defined]
+        if layer_collection is not None and new.layer_collection != layer_collection:
+            raise ValueError(f"{path} is of other layers: {new.layer_collection}; expected {layer_collection}.")
+        return new
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The same matrix on another device or in another dtype; arguments as those of `Tensor.to`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(*args, **kwargs) if tensor.is_floating_point() else tensor
+
+        new = self._like(None, self.n_examples)  # type: ignore[attr-defined]
+        new.data = new._load(self._state(), move)  # type: ignore[attr-defined]
+        return new
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """(P, P), for scipy.sparse.linalg (eigsh, cg, ...): products by `mv`, on vectors in numpy."""
+        matrix: Any = self
+        like, size = torch.empty(0, dtype=matrix.dtype, device=matrix.device), matrix.layer_collection.numel()
+
+        def product(columns: np.ndarray) -> np.ndarray:
+            v = torch.as_tensor(np.ascontiguousarray(columns.T)).to(like)
+            return matrix.mv(v).detach().cpu().numpy().T
+
+        def one(v: np.ndarray) -> np.ndarray:
+            return product(v.reshape(-1, 1))[:, 0]
+
+        dtype = like.cpu().numpy().dtype
+        return scipy.sparse.linalg.LinearOperator((size, size), one, rmatvec=one, matmat=product, dtype=dtype)
+
+    def numpy(self) -> np.ndarray:
+        """(P, P), `to_torch()` as a numpy array."""
+        return self.to_torch().detach().cpu().numpy()  # type: ignore[attr-defined]
