@@ -120,9 +120,8 @@ def estimate(model: nn.Module, loader: DataLoader, representation: type[PMat], o
 
 
 def table(rows: list[Row], dense: PMat, v: PVector) -> str:
-    lines = [
-        f"{'representation':<20}{'parameters':>11}{'memory [kB]':>12}{'time [s]':>10}{'trace':>10}{'vTMv':>12}{'error':>10}"
-    ]
+    names = f"{'representation':<20}{'parameters':>11}{'memory [kB]':>12}{'time [s]':>10}"
+    lines = [f"{names}{'trace':>10}{'vTMv':>12}{'error':>10}"]
     for row in rows:
         trace, vtmv = float(row.matrix.trace()), float(row.matrix.vTMv(v))
         error = row.error(dense, v)
