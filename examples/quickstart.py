@@ -124,9 +124,9 @@ def table(rows: list[Row], dense: PMat, v: PVector) -> str:
     lines = [f"{names}{'trace':>10}{'vTMv':>12}{'error':>10}"]
     for row in rows:
         trace, vtmv = float(row.matrix.trace()), float(row.matrix.vTMv(v))
-        error = row.error(dense, v)
+        p, error = v.size()[0], row.error(dense, v)
         lines.append(
-            f"{row.name:<20}{v.size(0):>11}{row.kilobytes():>12.1f}{row.seconds:>10.2f}{trace:>10.3f}{vtmv:>12.4f}{error:>10.1e}"
+            f"{row.name:<20}{p:>11}{row.kilobytes():>12.1f}{row.seconds:>10.2f}{trace:>10.3f}{vtmv:>12.4f}{error:>10.1e}"
         )
     return "\n".join(lines)
 
