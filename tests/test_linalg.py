@@ -225,3 +225,11 @@ def test_a_view_is_a_bijection(view):
     flat = randn(2, p)
     assert view.to_matrix(flat).shape == (2, *view.shape)
     assert_close(view.to_flat(view.to_matrix(flat)), flat)
+
+
+@pytest.mark.parametrize("regul", [1e-8, 1e-6, 1e-2], ids=str)
+def test_float32_solves_of_a_singular_matrix_are_those_of_float64(regul):
+    rows = torch.randn(5, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix, v = rows.mT @ rows / 5, torch.ones(60, dtype=torch.float64)
+    exact = SymmetricMatrix(matrix).solve(v, regul)
+    assert (SymmetricMatrix(matrix.float()).solve(v.float(), regul).double() - exact).norm() < 1e-4 * exact.norm()

@@ -157,10 +157,13 @@ class SymmetricMatrix:
         """`(M + regul I)^-1 v` for v (..., p): O(p^3) for a new `regul`, O(p^2) a vector after that.
 
         By Cholesky. Where rounding breaks it in float32, by Cholesky in float64; where the matrix is indefinite, by LU.
+        By eigenvalues where `regul` is as small as their rounding errors, which then must not be taken for them.
 
         Raises:
             ValueError: `M + regul I` is singular.
         """
+        if 0 < regul <= 10 * torch.finfo(self.tensor.dtype).eps * float(self.tensor.detach().norm()):
+            return self.apply(lambda values: 1 / (values + regul), v)
         solve = self._kept("solve", regul, lambda: self._factor(regul))
         columns = v.reshape(-1, v.shape[-1]).mT
         return solve(columns).mT.reshape(v.shape).to(v.dtype)
