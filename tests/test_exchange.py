@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -133,6 +134,14 @@ def test_scipy_solves(kind):
     x, failed = scipy.sparse.linalg.cg(F.to_scipy(), b, rtol=1e-12)
     assert not failed
     assert_close(F.mv(torch.as_tensor(x)), torch.as_tensor(b), rtol=1e-8, atol=1e-8)
+
+
+@each
+def test_damped_matrices_survive_a_pickle(kind):
+    F = fisher(kind) + 0.1
+    again = pickle.loads(pickle.dumps(F))
+    assert_close(again.to_torch(), F.to_torch(), **EXACT)
+    assert_close(again.logdet(), F.logdet(), **EXACT)
 
 
 def test_scipy_uses_an_implicit_matrix():

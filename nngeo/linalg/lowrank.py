@@ -36,6 +36,9 @@ class LowRankPlusDiagonal:
     thin: Callable[[], Thin] | None = field(default=None, repr=False)
     _cache: Cache = field(default_factory=Cache, init=False, repr=False)
 
+    def __reduce__(self) -> tuple[type[LowRankPlusDiagonal], tuple[Tensor, Tensor, Tensor]]:
+        return LowRankPlusDiagonal, (self.rows, self.weights, self.diagonal)  # what `thin` knows is computed again
+
     def eigen(self) -> Thin:
         """Eigenvalues (m,) and orthonormal eigenvectors (m, P) of `V' diag(c) V`: O(r^2 P), once."""
         if self.thin is not None:
