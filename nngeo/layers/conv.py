@@ -32,12 +32,19 @@ class ConvolutionRule(LinearMapRule):
         return patches(F.pad(x, pads, mode) if any(pads) else x, module.kernel_size, module.stride, module.dilation)
 
     def inputs(self, module: Any, x: Tensor) -> Tensor:
+        return self.with_room(module, x, bias=False)
+
+    def with_room(self, module: Any, x: Tensor, bias: bool) -> Tensor:
         b, m, c = x.shape[:3]
         n, space = module.groups, len(module.kernel_size)
-        windows = self.windows(module, x.flatten(0, 1))
-        windows = windows.flatten(2, 1 + space).flatten(3)  # (b m, c, t, kernel)
-        windows = windows.reshape(b, m, n, c // n, *windows.shape[2:])
-        return windows.permute(2, 0, 1, 4, 3, 5).reshape(n, b, m * windows.shape[4], -1)
+        windows = self.windows(module, x.flatten(0, 1)).unflatten(0, (b, m)).unflatten(2, (n, c // n))
+        positions, kernel = range(4, 4 + space), range(4 + space, 4 + 2 * space)
+        windows = windows.permute(2, 3, *kernel, 0, 1, *positions)
+        i = windows.shape[1 : 2 + space].numel()
+        # The features come first in memory: products over positions need them so, and one copy makes them.
+        out = x.new_empty(n, i + bias, b, windows.shape[3 + space :].numel())
+        out[:, :i].view(windows.shape).copy_(windows)
+        return out.permute(0, 2, 3, 1)
 
     def outgrads(self, module: Any, g: Tensor) -> Tensor:
         k, b, m, c = g.shape[:4]

@@ -92,6 +92,11 @@ class LinearMapRule(LayerRule):
     def outgrads(self, module: Any, g: Tensor) -> Tensor:
         """Output gradients (n, k, b, t, o)."""
 
+    def with_room(self, module: Any, x: Tensor, bias: bool) -> Tensor:
+        """The inputs as a new tensor; if there is a `bias`, with a last column for it, whatever that holds."""
+        a = self.inputs(module, x)
+        return F.pad(a, (0, 1)) if bias else a.clone()
+
     def groups(self, module: Any) -> int:
         """The number n of maps side by side."""
         return 1
@@ -109,11 +114,18 @@ class LinearMapRule(LayerRule):
 
     def gradients(self, module: Any, x: Tensor, g: Tensor, layer: Layer, names: Names) -> Gradients:
         view, owned = self.view(module, layer), {names[name] for name in names}
-        a = self.inputs(module, x)[..., : view.columns]
-        a = a if "weight" in owned else torch.zeros_like(a)
-        # The bias is the weight of a constant input: 1, or 0 where this call's bias is another layer's.
-        a = F.pad(a, (0, 1), value=float("bias" in owned)) if view.bias else a
-        return Factored(view, OuterProducts(a, self.outgrads(module, g)))
+
+        def inputs() -> Tensor:
+            a = self.with_room(module, x, view.bias)
+            a = a if view.columns else a[..., a.shape[-1] - view.bias :]
+            if "weight" not in owned:
+                a[..., : view.columns] = 0
+            if view.bias:
+                # The bias is the weight of a constant input: 1, or 0 where this call's bias is another layer's.
+                a[..., -1] = float("bias" in owned)
+            return a
+
+        return Factored(view, OuterProducts(inputs, self.outgrads(module, g), view.shape[2]))
 
     def nothing(self, module: Any, layer: Layer, k: int, b: int, like: Tensor) -> Factored:
         """Zero gradients, for a layer that is not called."""

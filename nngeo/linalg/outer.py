@@ -7,32 +7,52 @@ cheaper. n counts groups: independent maps side by side, as in a grouped convolu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nngeo.linalg.contraction import add_inner, inner, moment
+
 Sharing = Literal["expand", "reduce"]
 
 # Elements of the largest temporary: 2**24 are 64 MiB in float32.
 BUDGET = 2**24
 
+# Elements of a temporary that is read again at once, which should not leave the processor's cache.
+CACHED = 2**18
 
-@dataclass(frozen=True)
+
 class OuterProducts:
-    """Gradients (k, b, n, o, i) as inputs `a` (n, b, t, i) and output gradients `g` (n, k, b, t, o)."""
+    """Gradients (k, b, n, o, i) as inputs `a` (n, b, t, i) and output gradients `g` (n, k, b, t, o).
 
-    a: Tensor
-    g: Tensor
+    Inputs that take much memory, as the patches of a convolution do, may be given as a function, which is called
+    whenever they are needed, and their number i.
+    """
+
+    def __init__(self, a: Tensor | Callable[[], Tensor], g: Tensor, i: int = 0):
+        self._a, self.g = a, g
+        self.i = a.shape[-1] if isinstance(a, Tensor) else i
+
+    @property
+    def a(self) -> Tensor:
+        """(n, b, t, i)."""
+        return self._a if isinstance(self._a, Tensor) else self._a()
 
     def dense(self) -> Tensor:
         """(k, b, n, o, i)."""
-        return torch.einsum("nkbto,nbti->kbnoi", self.g, self.a)
+        return self._products(self.a, self.g).permute(2, 1, 0, 3, 4)
 
     def one(self, k: int, b: int) -> OuterProducts:
         """Those of one cotangent and one example."""
         return OuterProducts(self.a[:, b : b + 1], self.g[:, k : k + 1, b : b + 1])
+
+    def combine(self, w: Tensor) -> Tensor:
+        """(n, o, i), the sum over k and b with weights w (k, b); no other tensor of that size is formed."""
+        g = torch.einsum("nkbto,kb->nbto", self.g, w)
+        return g.flatten(1, 2).mT @ self.a.flatten(1, 2)
 
     def squares(self) -> Tensor:
         """(n, o, i), gradients squared and summed over k and b.
@@ -40,55 +60,109 @@ class OuterProducts:
         With one position the square of a product is a product of squares, and the sum over k comes first.
         """
         n, k, b, t, o = self.g.shape
+        a = self.a
         if t == 1:
-            return self.g[..., 0, :].square().sum(1).mT @ self.a[..., 0, :].square()
-        total = self.a.new_zeros(n, o, self.a.shape[-1])
-        step = max(1, BUDGET // max(1, n * k * o * self.a.shape[-1]))
+            return inner(self.g[..., 0, :].square().sum(1).mT, a[..., 0, :].square().mT)
+        total = a.new_zeros(n, o, self.i)
+        step = max(1, CACHED // max(1, n * k * o * self.i))
         for start in range(0, b, step):
-            part = OuterProducts(self.a[:, start : start + step], self.g[:, :, start : start + step])
-            total += part.dense().square_().sum((0, 1))
+            rows = slice(start, start + step)
+            total += self._products(a[:, rows], self.g[:, :, rows]).square_().sum((1, 2))
         return total
+
+    @staticmethod
+    def _products(a: Tensor, g: Tensor) -> Tensor:
+        """(n, b, k, o, i)."""
+        if a.shape[2] == 1:
+            return g.permute(0, 2, 1, 4, 3) * a[:, :, None]
+        return inner(g.permute(0, 2, 1, 4, 3).flatten(2, 3), a.mT).unflatten(2, (g.shape[1], g.shape[4]))
 
     def gram(self, other: OuterProducts) -> Tensor:
         """(k, b, l, c), inner products with the gradients of another mini-batch.
 
         Through inner products of the factors, or of the gradients, whichever takes fewer multiplications.
         """
-        n, k, b, t, o = self.g.shape
-        _, m, c, s, _ = other.g.shape
-        i = self.a.shape[-1]
-        pairs = n * b * t * c * s
-        ghost = pairs * (i + k * m * (o + 1))
-        dense = n * o * i * (k * b * t + m * c * s + k * b * m * c)
-        if t * s > 1 and (dense < ghost or pairs * k * m > 4 * BUDGET):
-            step = max(1, BUDGET // max(1, n * i * max(k * b, m * c)))
-            rows = [slice(start, start + step) for start in range(0, o, step)]
-            parts = ((OuterProducts(x.a, x.g[..., row]).dense() for x in (self, other)) for row in rows)
-            return sum((torch.einsum("kbnoi,lcnoi->kblc", x, y) for x, y in parts), self.g.new_zeros(k, b, m, c))
-        inputs = torch.einsum("nbti,ncsi->nbtcs", self.a, other.a)
-        outputs = torch.einsum("nkbto,nlcso->nkbtlcs", self.g, other.g)
-        return torch.einsum("nbtcs,nkbtlcs->kblc", inputs, outputs)
+        (n, k, b, t, _), (m, c, s) = self.g.shape, other.g.shape[1:4]
+        ghost, dense = self._gram_costs(other)
+        if t * s > 1 and (dense < ghost or n * k * b * t * m * c * s > 4 * BUDGET):
+            return self._gram_of_rows(other)
+        inputs = inner(self.a.flatten(1, 2), other.a.flatten(1, 2)).unflatten(2, (c, s)).unflatten(1, (b, t))
+        outputs = self.g.flatten(1, 3), other.g.flatten(1, 3)
+        found = moment(outputs[0]) if other is self else inner(*outputs)
+        found = found.unflatten(2, (m, c, s)).unflatten(1, (k, b, t))
+        if t * s == 1 and n == 1:
+            return found[0, :, :, 0, :, :, 0] * inputs[0, :, 0, None, :, 0]
+        return torch.einsum("nbtcs,nkbtlcs->kblc", inputs, found)
 
-    def input_moment(self, sharing: Sharing = "expand") -> Tensor:
-        """(n, i, i), the sum over b (and over t, or of the mean over t) of a a'."""
-        a = self.a.flatten(1, 2) if sharing == "expand" else self.a.mean(2)
-        return a.mT @ a
+    def forming(self) -> int:
+        """How many multiplications `dense` takes."""
+        return self.g.numel() * self.i
 
-    def output_moment(self, sharing: Sharing = "expand") -> Tensor:
-        """(n, o, o), the sum over k and b (and the mean over t, or of the sum over t) of g g'."""
-        if sharing == "reduce":
-            g = self.g.sum(3).flatten(1, 2)
-            return g.mT @ g
-        g = self.g.flatten(1, 3)
-        return g.mT @ g / self.g.shape[3]
+    def gram_cost(self, other: OuterProducts) -> int:
+        """How many multiplications `gram` takes."""
+        return min(self._gram_costs(other))
+
+    def _gram_costs(self, other: OuterProducts) -> tuple[int, int]:
+        """Through the factors, and through the gradients."""
+        (n, k, b, t, o), (m, c, s) = self.g.shape, other.g.shape[1:4]
+        through_factors = n * b * t * c * s * (self.i + k * m * (o + 1))
+        return through_factors, self.forming() + other.forming() + n * o * self.i * k * b * m * c
+
+    def _gram_of_rows(self, other: OuterProducts) -> Tensor:
+        """The same from the gradients, some of the rows o at a time."""
+        (n, k, b, _, o), (m, c) = self.g.shape, other.g.shape[1:3]
+        step = max(1, BUDGET // max(1, n * self.i * max(k * b, m * c)))
+        total, a, z = self.g.new_zeros(k * b, m * c), self.a, None if other is self else other.a
+        for start in range(0, o, step):
+            rows = slice(start, start + step)
+            x = self._products(a, self.g[..., rows]).permute(2, 1, 0, 3, 4).reshape(k * b, -1)
+            if z is None:
+                total += moment(x)
+            else:
+                total += inner(x, self._products(z, other.g[..., rows]).permute(2, 1, 0, 3, 4).reshape(m * c, -1))
+        return total.view(k, b, m, c)
+
+    def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
+        """(n, i, i), the sum over b (and over t, or of the mean over t) of a a'; added to `into`, if that is given."""
+        a = self.a.permute(0, 3, 1, 2)
+        x = a.flatten(2) if sharing == "expand" else a.mean(3)
+        return moment(x) if into is None else add_inner(into, x, x)
+
+    def output_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
+        """(n, o, o), the sum over k and b (and the mean over t, or of the sum over t) of g g'; added to `into`."""
+        g = self.g.permute(0, 4, 1, 2, 3)
+        x = g.sum(4).flatten(2) if sharing == "reduce" else g.flatten(2)
+        if sharing == "expand" and g.shape[4] > 1:
+            found = moment(x).div_(g.shape[4])
+            return found if into is None else into.add_(found)
+        return moment(x) if into is None else add_inner(into, x, x)
+
+    def add_squares(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the squares are now added to (n, o, i) of a weight and (n, o) of a bias: only for one position."""
+        if self.g.shape[3] != 1:
+            return False
+        g, a = self.g[..., 0, :].square().sum(1).mT, self.a[..., 0, :].square()
+        add_inner(weight, g, a[..., : weight.shape[-1]].mT)
+        if bias is not None:
+            bias += (g @ a[..., -1:])[..., 0]
+        return True
 
     def moment_entries(self, sharing: Sharing = "expand") -> int:
         """The number of entries of both moments."""
-        return len(self.g) * (self.a.shape[-1] ** 2 + self.g.shape[-1] ** 2)
+        return len(self.g) * (self.i**2 + self.g.shape[-1] ** 2)
 
     def rotate(self, ua: Tensor | None, ug: Tensor) -> OuterProducts:
         """The gradients `ug' G ua`; None stands for the identity."""
-        return OuterProducts(self.a if ua is None else self.a @ ua[:, None], self.g @ ug[:, None, None])
+        g = inner(self.g.flatten(1, 3), ug.mT).unflatten(1, self.g.shape[1:4])
+        if ua is None:
+            return OuterProducts(self._a, g, self.i)
+        n, b, t = self.g.shape[0], *self.g.shape[2:4]
+
+        def rotated() -> Tensor:
+            # The features come first: so the products over positions find them in the order in which they need them.
+            return inner(ua.mT, self.a.flatten(1, 2)).view(n, -1, b, t).permute(0, 2, 3, 1)
+
+        return OuterProducts(rotated, g, self.i)
 
 
 @dataclass(frozen=True)
@@ -120,6 +194,11 @@ class SelectedProducts:
         rows = slice(b, b + 1)
         return SelectedProducts(self.index[rows], self.keep[rows], self.size, self.g[:, k : k + 1, rows])
 
+    def combine(self, w: Tensor) -> Tensor:
+        """(1, o, i), the sum over k and b with weights w (k, b)."""
+        g = torch.einsum("kbto,kb->bto", self._kept(), w).flatten(0, 1)
+        return g.new_zeros(self.size, g.shape[-1]).index_add_(0, self.index.flatten(), g).mT[None]
+
     def squares(self) -> Tensor:
         """(1, o, i), gradients squared and summed over k and b; cost O(k b t^2 o), not O(k b i o)."""
         same = (self.index[:, :, None] == self.index[:, None, :]).to(self.g.dtype)
@@ -134,22 +213,37 @@ class SelectedProducts:
         outputs = torch.einsum("kbto,lcso->kbtlcs", self._kept(), other._kept())
         return torch.einsum("btcs,kbtlcs->kblc", same, outputs)
 
+    def forming(self) -> int:
+        """How many multiplications `dense` takes: it only adds."""
+        return self.g.numel()
+
+    def gram_cost(self, other: SelectedProducts) -> int:
+        """How many multiplications `gram` takes."""
+        (k, b, t, o), (m, c, s) = self.g.shape[1:], other.g.shape[1:4]
+        return k * b * t * m * c * s * (o + 1)
+
     def counts(self) -> Tensor:
         """(b, i), how often each example selects each feature."""
         out = self.g.new_zeros(len(self.index), self.size)
         return out.scatter_add_(1, self.index, self.keep.to(self.g.dtype))
 
-    def input_moment(self, sharing: Sharing = "expand") -> Tensor:
+    def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(1, i), the diagonal of the moment, which has no other entries; (1, i, i) for "reduce", where it has."""
         if sharing == "reduce":
             mean = self.counts() / self.index.shape[1]
-            return (mean.mT @ mean)[None]
-        total = self.g.new_zeros(self.size)
-        return total.index_add_(0, self.index.flatten(), self.keep.flatten().to(self.g.dtype))[None]
+            found = (mean.mT @ mean)[None]
+            return found if into is None else into.add_(found)
+        total = self.g.new_zeros(1, self.size) if into is None else into
+        total[0].index_add_(0, self.index.flatten(), self.keep.flatten().to(self.g.dtype))
+        return total
 
-    def output_moment(self, sharing: Sharing = "expand") -> Tensor:
+    def output_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(1, o, o)."""
-        return OuterProducts(self.g, self.g).output_moment(sharing)
+        return OuterProducts(self.g, self.g).output_moment(sharing, into)
+
+    def add_squares(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Never: there is no cheaper way than to add `squares`."""
+        return False
 
     def moment_entries(self, sharing: Sharing = "expand") -> int:
         """The number of entries of both moments."""
@@ -169,7 +263,7 @@ def concatenate(parts: list[OuterProducts] | list[SelectedProducts]) -> OuterPro
         return parts[0]
     g = torch.cat([part.g for part in parts], 3)
     if isinstance(parts[0], OuterProducts):
-        return OuterProducts(torch.cat([part.a for part in parts], 2), g)
+        return OuterProducts(lambda: torch.cat([part.a for part in parts], 2), g, parts[0].i)
     index = torch.cat([part.index for part in parts], 1)
     keep = torch.cat([part.keep for part in parts], 1)
     return SelectedProducts(index, keep, parts[0].size, g)
@@ -206,10 +300,22 @@ class MatrixView:
             matrix = weight.reshape(*lead, self.groups, self.rows, self.columns)
         return torch.cat([matrix, bias.reshape(*lead, self.groups, self.rows, 1)], -1) if self.bias else matrix
 
+    def parts(self, flat: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Views (n, o, i) and (n, o) of the weight and the bias in a flat tensor (p,); None where one has to copy."""
+        if self.transposed:
+            return None
+        numel, (n, o, _) = self.groups * self.rows * self.columns, self.shape
+        return flat[:numel].view(n, o, self.columns), flat[numel:].view(n, o) if self.bias else None
+
     def to_flat(self, matrix: Tensor) -> Tensor:
         """(..., n, o, i) -> (..., p)."""
         weight = matrix[..., : self.columns]
         if self.transposed:
             weight = weight.unflatten(-1, (self.columns // self.kernel, self.kernel)).transpose(-3, -2).flatten(-2)
-        flat = weight.flatten(-3)
-        return torch.cat([flat, matrix[..., -1].flatten(-2)], -1) if self.bias else flat
+        if not self.bias:
+            return weight.flatten(-3)
+        flat = matrix.new_empty(*matrix.shape[:-3], weight.shape[-3:].numel() + matrix.shape[-3:-1].numel())
+        n = weight.shape[-3:].numel()
+        flat[..., :n].view(weight.shape).copy_(weight)
+        flat[..., n:].view(matrix.shape[:-1]).copy_(matrix[..., -1])
+        return flat
