@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.layers.rule import Factored, Gradients
+from nngeo.linalg.contraction import inner
 from nngeo.linalg.outer import MatrixView, OuterProducts, SelectedProducts, concatenate
 
 
@@ -70,17 +70,32 @@ class LayerRecord:
             total += part.one(k, b)
         return total
 
-    def squares(self) -> Tensor:
-        """(p,), gradients squared and summed over k and b."""
-        if self.view is not None:
-            return self.view.to_flat(self._factors.squares())
-        return self.jacobian().square_().sum((0, 1))
+    def squares(self, into: Tensor | None = None) -> Tensor:
+        """(p,), gradients squared and summed over k and b; added to `into`, if that is given."""
+        if self.view is None:
+            found = self.jacobian().square_().sum((0, 1))
+        elif into is not None and (parts := self.view.parts(into)) and self._factors.add_squares(*parts):
+            return into
+        else:
+            found = self.view.to_flat(self._factors.squares())
+        return found if into is None else into.add_(found)
 
     def gram(self, other: LayerRecord) -> Tensor:
         """(k, b, l, c), inner products with the gradients of another mini-batch, or of the same one."""
         if self.view is not None and self.view == other.view:
             return self._factors.gram(other._factors)  # type: ignore[arg-type]
-        return torch.einsum("kbp,lcp->kblc", self.jacobian(), other.jacobian())
+        x, y = self.jacobian(), other.jacobian()
+        return inner(x.flatten(0, 1), y.flatten(0, 1)).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
+
+    def forming(self) -> int:
+        """How many multiplications `jacobian` takes, as far as it is known."""
+        return self._factors.forming() if self.view is not None else 0
+
+    def gram_cost(self, other: LayerRecord) -> int:
+        """How many multiplications `gram` takes."""
+        if self.view is not None and self.view == other.view:
+            return self._factors.gram_cost(other._factors)  # type: ignore[arg-type]
+        return self.n_cotangents * self.n_examples * other.n_cotangents * other.n_examples * self.layer.numel()
 
 
 @dataclass

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nngeo.generators.gram import gram_tiles
 from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.symmetric import SymmetricMatrix
@@ -20,24 +20,25 @@ from nngeo.vectors import FVector
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from nngeo.generators import BatchRecord, Generator
+    from nngeo.generators import BatchRecord, Generator, LayerRecord
 
 
 class FMatDense(Estimate):
     """`J J'` as `data` (k, n, l, m), between outputs k of examples n and outputs l of examples m; no division by n.
 
-    Square, unless `examples2` are given. The examples are read once, and the records of all mini-batches are kept.
+        Square, unless `examples2` are given. The examples are read once, and the records of all mini-batches are kept.
 
-    Args:
-        examples: those of the rows.
-        examples2: those of the columns, for a kernel between two sets of examples.
+        Args:
+            examples: those of the rows.
+            examples2: those of the columns, for a kernel between two sets of examples.
 
-    >>> import torch
-    >>> from nngeo.layers.collection import LayerCollection
-    >>> K = FMatDense(LayerCollection(), data=torch.eye(4).reshape(2, 2, 2, 2))
-    >>> K.trace(), K.mv(FVector(torch.ones(2, 2))).to_torch()
-    (tensor(4.), tensor([[1., 1.],
-            [1., 1.]]))
+        >>> import torch
+        >>> from nngeo.generators.gram import gram_tiles
+    from nngeo.layers.collection import LayerCollection
+        >>> K = FMatDense(LayerCollection(), data=torch.eye(4).reshape(2, 2, 2, 2))
+        >>> K.trace(), K.mv(FVector(torch.ones(2, 2))).to_torch()
+        (tensor(4.), tensor([[1., 1.],
+                [1., 1.]]))
     """
 
     data: Tensor
@@ -62,13 +63,13 @@ class FMatDense(Estimate):
         numel = rows.k * rows.n * columns.k * columns.n
         what = f"FMatDense of {rows.k} outputs and {rows.n} examples"
         require_memory(what, numel, like.dtype, like.device, "Use fewer examples at a time.")
-        data = like.new_empty(shape)
-        for i, row in enumerate(rows.pieces):
-            for column in columns.pieces[i:] if columns is rows else columns.pieces:
-                tile = _gram(row.batch, column.batch)
-                data[row.outputs, row.examples, column.outputs, column.examples] = tile
-                if columns is rows:
-                    data[column.outputs, column.examples, row.outputs, row.examples] = tile.permute(2, 3, 0, 1)
+        data = like.new_zeros(shape)
+        for name in self.layer_collection:
+            for i, j, tile in gram_tiles(rows.of_layer(name), None if columns is rows else columns.of_layer(name)):
+                row, column = rows.pieces[i], columns.pieces[j]
+                data[row.outputs, row.examples, column.outputs, column.examples] += tile
+                if columns is rows and i != j:
+                    data[column.outputs, column.examples, row.outputs, row.examples] += tile.permute(2, 3, 0, 1)
         return data, rows.n
 
     def _sweep(self, examples: Any) -> Iterable[BatchRecord]:
@@ -216,7 +217,6 @@ class _Pieces:
             raise ValueError(f"The mini-batches have different numbers of outputs, {sorted(set(ends.values()))}.")
         return cls(pieces, k, n)
 
-
-def _gram(row: BatchRecord, column: BatchRecord) -> Tensor:
-    """(k, b, l, c), summed over layers."""
-    return reduce(torch.add, (record.gram(column.layers[name]) for name, record in row.layers.items()))
+    def of_layer(self, name: str) -> list[LayerRecord]:
+        """The records of one layer."""
+        return [piece.batch.layers[name] for piece in self.pieces]
