@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Batch:
             return {key: value for key, value in self.content.items() if key not in TARGET_KEYS}
         return self.content[:1]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The number of examples: the length of the first tensor; in a dict, of an input as it is usually called."""
         named = self.content if isinstance(self.content, dict) else {}
@@ -63,9 +64,23 @@ class Batch:
                 return len(tensor)
         raise ValueError("A batch holds no tensor with an example axis; its examples can't be counted.")
 
+    @cached_property
+    def leaves(self) -> list[Any]:
+        """What it holds: tensors, and whatever else."""
+        if isinstance(self.content, tuple) and all(isinstance(entry, Tensor) for entry in self.content):
+            return list(self.content)
+        return tree_flatten(self.content)[0]
+
+    @cached_property
+    def kind(self) -> tuple:
+        """What batches have in common that differ in sizes only; hashable."""
+        kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in self.leaves)
+        plain = isinstance(self.content, tuple) and len(self.content) == len(self.leaves)
+        return kinds, None if plain else str(tree_flatten(self.content)[1])
+
     def tensors(self) -> list[Tensor]:
         """All tensors in it."""
-        return [leaf for leaf in tree_flatten(self.content)[0] if isinstance(leaf, Tensor)]
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
     def shapes(self) -> list[torch.Size]:
         """The shapes of its tensors, without their first axis."""
@@ -80,6 +95,8 @@ class Batch:
             moved = leaf.to(device)
             return moved.clone() if moved.is_inference() else moved
 
+        if all(leaf.device == device and not leaf.is_inference() for leaf in self.tensors()):
+            return self
         with torch.inference_mode(False):
             return Batch(tree_map(move, self.content))
 

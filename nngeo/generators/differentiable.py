@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Batch
-from nngeo.generators.untouched import untouched
+from nngeo.generators.untouched import Snapshot
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.kernels import plain_kernels
 
@@ -18,17 +18,48 @@ from nngeo.layers.kernels import plain_kernels
 BUDGET = 2**24
 
 
+class Setting:
+    """The state of a model in which it is differentiated twice, for the mini-batches of one product."""
+
+    def __init__(self, model: nn.Module, layers: LayerCollection):
+        self.model, self.layers = model, layers
+        self.parameters = dict(layers.named_parameters(model))
+        self._before = Snapshot(model)
+        wanted = {id(p) for p in self.parameters.values()}
+        self._flags = [(p, id(p) in wanted) for p in model.parameters()]
+        self._tangents: tuple[Tensor, list[Tensor]] | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside, the parameters of the layers require gradients and no others do; kernels have second derivatives."""
+        with (
+            self._before.restored(),
+            torch.enable_grad(),
+            plain_kernels(self.model),
+            warnings.catch_warnings(),
+        ):
+            # The first forward-mode derivative of a process warns about torch's own use of torch.jit.
+            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+            # Where torch has no batching rule, the vectorised pass is a loop: as fast as one written here.
+            warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
+            for p, flag in self._flags:
+                if p.requires_grad != flag:
+                    p.requires_grad_(flag)
+            yield
+
+    def tangents(self, v: Tensor) -> list[Tensor]:
+        """(1, P) -> the tangent of every parameter; kept for the next mini-batch."""
+        if self._tangents is None or self._tangents[0] is not v:
+            # Dual numbers copy a tangent that has not the memory of its own which its parameter has.
+            parts = zip(split_by_parameter(self.layers, v), self.parameters.values(), strict=True)
+            self._tangents = v, [torch.empty_like(p, requires_grad=False).copy_(part[0]) for part, p in parts]
+        return self._tangents[1]
+
+
 @contextmanager
 def differentiable(model: nn.Module, layers: LayerCollection) -> Iterator[None]:
-    """Inside, the parameters of the layers require gradients and no others do, and kernels have second derivatives."""
-    wanted = {id(p) for p in layers.parameters(model)}
-    with untouched(model), torch.enable_grad(), plain_kernels(model), warnings.catch_warnings():
-        # The first forward-mode derivative of a process warns about torch's own use of torch.jit.
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-        # Where torch has no batching rule, the vectorised pass is a loop: as fast as one written here.
-        warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
-        for p in model.parameters():
-            p.requires_grad_(id(p) in wanted)
+    """The setting of a single use."""
+    with Setting(model, layers).entered():
         yield
 
 
@@ -44,6 +75,14 @@ def joined(grads: Sequence[Tensor | None], parameters: Sequence[Tensor], m: int)
         [p.new_zeros(m, p.numel()) if g is None else g.reshape(m, -1) for g, p in zip(grads, parameters, strict=True)],
         -1,
     )
+
+
+def added(totals: list[Tensor | None] | None, grads: list[Tensor | None], own: bool) -> list[Tensor | None]:
+    """The sums of gradients by every parameter, None being zero; in place, where the totals are our `own`."""
+    if totals is None:
+        return grads
+    pairs = zip(totals, grads, strict=True)
+    return [x if y is None else y if x is None else x.add_(y) if own else x + y for x, y in pairs]
 
 
 class Backward:

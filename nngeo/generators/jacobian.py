@@ -20,6 +20,7 @@ from nngeo.generators.products import LayerwiseProducts, Point, WholeModelProduc
 from nngeo.generators.record import BatchRecord
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.contraction import add_inner
 from nngeo.variants import Cotangents, Estimator
 
 # Elements of gradients at the layers' outputs that one backward pass may hold: 2**23 are 32 MiB in float32.
@@ -86,7 +87,7 @@ class JacobianGenerator(Generator):
         many.
         """
         total, n = self._product("mv", v.reshape(-1, v.shape[-1]), examples, layer_collection)
-        return (total / n).reshape(v.shape)
+        return total.div_(n).reshape(v.shape)
 
     def jvp(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """J v (..., k, n) for v (..., P): derivatives along v of the outputs' products with the cotangents."""
@@ -107,14 +108,15 @@ class JacobianGenerator(Generator):
                 "without linearize()."
             )
         parts: list[tuple[ReverseGraph, Cotangents]] = []
+        setting = whole.setting()
         for batch in self._batches(examples):
             whole.look_at(batch)
-            graph = ReverseGraph(whole, batch)
+            graph = ReverseGraph(whole, batch, setting)
             parts.append((graph, self._cotangents(graph.outputs, batch)))
             if len(parts) == 1:
-                require_second_derivatives(graph, layer_collection)
+                require_second_derivatives(graph, whole)
                 graph.elements()  # here, not in the first product
-        return LinearizedGenerator(self, KeptJacobian(parts, layer_collection), layer_collection)
+        return LinearizedGenerator(self, KeptJacobian(whole, parts, layer_collection), layer_collection)
 
     def _linearizer(self, layers: LayerCollection) -> Linearizer | None:
         if layers not in self._linearizers:
@@ -134,8 +136,9 @@ class JacobianGenerator(Generator):
         return getattr(LayerwiseProducts(partial(self.records, examples, layers), layers), name)(x)
 
     def _points(self, whole: Linearizer, examples: Any, rows: Tensor | None) -> Iterator[Point]:
+        setting = whole.setting()
         for batch in self._batches(examples):
-            at = whole.at(batch, rows)
+            at = whole.at(batch, rows, setting)
             yield Point(at, self._cotangents(at.outputs, batch), batch.size)
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
@@ -144,7 +147,7 @@ class JacobianGenerator(Generator):
         total, n = torch.zeros(size, size, dtype=self.dtype, device=self.device), 0
         for batch in self.records(examples, layer_collection):
             rows = torch.cat([record.jacobian() for record in batch.layers.values()], -1).flatten(0, 1)
-            total.addmm_(rows.mT, rows)
+            add_inner(total, rows.mT, rows.mT)
             n += batch.n_examples if batch.first else 0
         return total.div_(n), n
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nngeo.generators.base import Generator
-from nngeo.generators.linearized import Linearized, ReverseGraph
+from nngeo.generators.linearized import Linearizer, ReverseGraph
 from nngeo.generators.products import Point, WholeModelProducts
 from nngeo.generators.record import BatchRecord
 from nngeo.layers.collection import LayerCollection
@@ -33,8 +33,8 @@ class Kept(ABC):
 class KeptJacobian(Kept):
     """`J' M J`, averaged over examples, from the graph of every mini-batch and the metric at its outputs."""
 
-    def __init__(self, parts: list[tuple[ReverseGraph, Cotangents]], layers: LayerCollection):
-        self.parts, self.layers = parts, layers
+    def __init__(self, linearizer: Linearizer, parts: list[tuple[ReverseGraph, Cotangents]], layers: LayerCollection):
+        self.linearizer, self.parts, self.layers = linearizer, parts, layers
 
     def mv(self, rows: Tensor) -> Tensor:
         total, n = self.products().mv(rows)
@@ -44,8 +44,9 @@ class KeptJacobian(Kept):
         return WholeModelProducts(self._points, self.layers)
 
     def _points(self, rows: Tensor | None) -> Iterator[Point]:
+        setting = self.linearizer.setting()
         for graph, cotangents in self.parts:
-            yield Point(Linearized(graph.outputs, graph.push, graph.pull), cotangents, graph.size)
+            yield Point(graph.linearized(setting), cotangents, graph.size)
 
 
 class LinearizedGenerator(Generator):
@@ -111,14 +112,15 @@ class LinearizedGenerator(Generator):
             ) from error
 
 
-def require_second_derivatives(graph: ReverseGraph, layers: LayerCollection) -> None:
+def require_second_derivatives(graph: ReverseGraph, linearizer: Linearizer) -> None:
     """Nothing, if J v can be had from the graph.
 
     Raises:
         NotImplementedError: an operation of the model has no second derivative; with its name.
     """
     try:
-        graph.push(torch.zeros(1, layers.numel(), dtype=graph.outputs.dtype, device=graph.outputs.device))
+        zero = torch.zeros(1, linearizer.layers.numel(), dtype=graph.outputs.dtype, device=graph.outputs.device)
+        graph.push(zero, linearizer.setting())
     except (NotImplementedError, RuntimeError) as error:
         if "derivative for" not in str(error):
             raise

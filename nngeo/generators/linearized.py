@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.differentiable import Backward, Footprint, differentiable, joined, split_by_parameter
+from nngeo.generators.differentiable import (
+    Backward,
+    Footprint,
+    Setting,
+    differentiable,
+    joined,
+    split_by_parameter,
+)
 from nngeo.generators.independence import FirstExamples, check_independence
 from nngeo.generators.sources import Replay
 from nngeo.layers.collection import LayerCollection
@@ -20,14 +28,15 @@ from nngeo.layers.replace import call_with
 
 @dataclass(frozen=True)
 class Linearized:
-    """Outputs (b, ...) of a batch, J v (m, b, ...) for v (m, P), and the pull-back from w (m, b, ...) to (m, P).
+    """Outputs (b, ...) of a batch, J v (m, b, ...) for v (m, P), and the pull-back of w (m, b, ...).
 
-    Where it was made for one vector, `push` knows the answer for this one only.
+    The pull-back is a gradient (m, *shape) by every parameter; None is zero. Where it was made for one vector, `push`
+    knows the answer for this one only.
     """
 
     outputs: Tensor
     push: Callable[[Tensor], Tensor]
-    pull: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor], list[Tensor | None]]
 
 
 class Linearizer:
@@ -46,13 +55,16 @@ class Linearizer:
         self._known = False  # whether the first mini-batch has been looked at
         self.push, self.pull, self.footprint = Backward(), Backward(), Footprint()
 
-    def at(self, batch: Batch, rows: Tensor | None) -> Linearized:
+    def setting(self) -> Setting:
+        """For the mini-batches of one product."""
+        return Setting(self.model, self.layers)
+
+    def at(self, batch: Batch, rows: Tensor | None, setting: Setting) -> Linearized:
         """The model at a batch, where J v is going to be asked for the rows v of (m, P), if there are any."""
         self.look_at(batch)
         if rows is not None and len(rows) == 1 and self._forward_mode:
-            return self._forward(batch, rows)
-        graph = ReverseGraph(self, batch)
-        return Linearized(graph.outputs, graph.push, graph.pull)
+            return self._forward(batch, rows, setting)
+        return ReverseGraph(self, batch, setting).linearized(setting)
 
     def look_at(self, batch: Batch) -> None:
         """On the first mini-batch, test what the model does with two of its examples.
@@ -82,19 +94,20 @@ class Linearizer:
         generator = torch.Generator("cpu").manual_seed(0)
         like = next(self.layers.parameters(self.model))
         v = torch.randn(1, self.layers.numel(), generator=generator, device="cpu").to(like)
-        found = self._forward(batch, v)
+        setting = self.setting()
+        found = self._forward(batch, v, setting)
         w = torch.randn(1, *found.outputs.shape, generator=generator, device="cpu").to(found.outputs)
         # The gradients by the parameters themselves, which the function may hold outside of the model, too.
-        pulled = ReverseGraph(self, batch).pull(w)
+        pulled = joined(ReverseGraph(self, batch, setting).pull(w, setting), list(setting.parameters.values()), 1)
         products, others = (w * found.push(v)).double(), (pulled.to(v) * v).double()
         scale = products.norm() + others.norm()
         tolerance = 10 * torch.finfo(found.outputs.dtype).eps ** 0.5
         return bool((products.sum() - others.sum()).abs() <= tolerance * scale)
 
-    def _forward(self, batch: Batch, rows: Tensor) -> Linearized:
-        with differentiable(self.model, self.layers):
-            leaves = {name: p.detach().requires_grad_() for name, p in self.layers.named_parameters(self.model)}
-            tangents = split_by_parameter(self.layers, rows[0].to(next(iter(leaves.values()))))
+    def _forward(self, batch: Batch, rows: Tensor, setting: Setting) -> Linearized:
+        tangents = setting.tangents(rows)
+        with setting.entered():
+            leaves = {name: p.detach().requires_grad_() for name, p in setting.parameters.items()}
             with forward_ad.dual_level():
                 duals = {
                     f"model.{name}": forward_ad.make_dual(leaf, tangent)
@@ -103,15 +116,15 @@ class Linearizer:
                 outputs = call_with(Replay(self.model, self.function), duals, (batch.content,), {})
                 outputs, tangent = forward_ad.unpack_dual(outputs)
 
-        def pull(w: Tensor) -> Tensor:
+        def pull(w: Tensor) -> list[Tensor | None]:
             inputs = list(leaves.values())
             found: list[Tensor | None] = [None] * len(inputs)
             if outputs.requires_grad:
                 try:
                     found = self.pull([outputs], inputs, [w.to(outputs)], sum(leaf.numel() for leaf in inputs))
                 except CheckpointError:  # activation checkpointing has run the model again, with its own parameters
-                    return ReverseGraph(self, batch).pull(w)
-            return joined(found, inputs, len(w))
+                    return ReverseGraph(self, batch, setting).pull(w, setting)
+            return found
 
         pushed = (torch.zeros_like(outputs) if tangent is None else tangent).detach()[None]
         return Linearized(outputs.detach(), lambda rows: pushed, pull)
@@ -125,15 +138,18 @@ class ReverseGraph:
     gradient.
     """
 
-    def __init__(self, linearizer: Linearizer, batch: Batch):
+    def __init__(self, linearizer: Linearizer, batch: Batch, setting: Setting):
         self._by, self.size = linearizer, batch.size
-        model, layers = linearizer.model, linearizer.layers
-        with differentiable(model, layers):
-            self._leaves = list(layers.parameters(model))
+        self._leaves = list(setting.parameters.values())
+        with setting.entered():
             self._outputs = linearizer.run(batch)
         self.outputs = self._outputs.detach()
         self._batch = batch
         self._pulled: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
+
+    def linearized(self, setting: Setting) -> Linearized:
+        """Its products, in the setting of one."""
+        return Linearized(self.outputs, partial(self.push, setting=setting), partial(self.pull, setting=setting))
 
     def elements(self) -> int:
         """What one of many vectors may hold at a time; the first time, it costs a forward of two examples."""
@@ -141,13 +157,13 @@ class ReverseGraph:
             kept = self._by.footprint.of(self._batch, self._by.model, self._by.run)
         return self._by.layers.numel() + kept
 
-    def push(self, rows: Tensor) -> Tensor:
+    def push(self, rows: Tensor, setting: Setting) -> Tensor:
         """J v (m, b, ...) for each row v of (m, P): a backward through the graph of a backward."""
         m, layers = len(rows), self._by.layers
         nothing = self.outputs.new_zeros(m, *self.outputs.shape)
         if not self._outputs.requires_grad:
             return nothing
-        with differentiable(self._by.model, layers):
+        with setting.entered():
             if self._pulled is None:
                 w = torch.zeros_like(self._outputs, requires_grad=True)
                 self._pulled = (
@@ -163,11 +179,11 @@ class ReverseGraph:
             (pushed,) = self._by.push([g for g, _ in pairs], [w], [t for _, t in pairs], elements)
         return nothing if pushed is None else pushed.detach()
 
-    def pull(self, w: Tensor) -> Tensor:
-        """J' w (m, P) for w (m, b, ...): a backward."""
+    def pull(self, w: Tensor, setting: Setting) -> list[Tensor | None]:
+        """J' w for w (m, b, ...), a gradient (m, *shape) by every parameter: a backward."""
         found: list[Tensor | None] = [None] * len(self._leaves)
         if self._outputs.requires_grad:
-            with differentiable(self._by.model, self._by.layers):
+            with setting.entered():
                 elements = self.elements() if len(w) > 1 else 1
                 found = self._by.pull([self._outputs], self._leaves, [w.to(self._outputs)], elements)
-        return joined([None if g is None else g.detach() for g in found], self._leaves, len(w)).detach()
+        return [None if g is None else g.detach() for g in found]

@@ -6,12 +6,12 @@ import weakref
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from nngeo.generators.accounting import Accounting
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.recording import Plan, Recording
 from nngeo.generators.routing import check_rows
+from nngeo.generators.untouched import Snapshot
 from nngeo.generators.watch import LayoutChanged
 from nngeo.layers.collection import LayerCollection
 
@@ -28,7 +28,7 @@ class Planner:
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, check: bool):
         self.model, self.function, self.layers, self.check = model, function, layers, check
         self._own: dict[Any, Plan] = {}  # of a function that can't be a key of the plans remembered for all
-        self._signature = _signature(model, layers)
+        self._signature, self._before = signature(model, layers), Snapshot(model)
 
     def plan(self, batch: Batch) -> Plan:
         """The plan for a batch.
@@ -53,7 +53,7 @@ class Planner:
         known, key = self._place(batch)
         while True:
             try:
-                recording = Recording(self.model, self.function, self.layers, plan, batch)
+                recording = Recording(self.model, self.function, self.layers, plan, batch, self._before)
                 if plan.routed:
                     check_rows(recording)
                 front = recording.reaching(plan.undetermined, plan.rounding)
@@ -71,9 +71,7 @@ class Planner:
 
     def _place(self, batch: Batch) -> tuple[dict[Any, Plan], Any]:
         """The dictionary that remembers the plan, and its key there."""
-        leaves, structure = tree_flatten(batch.content)
-        kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
-        key = (self.check, self._signature, str(structure), kinds)
+        key = (self.check, self._signature, batch.kind)
         if self.function is None:
             return _PLANS.setdefault(self.model, {}), (*key, None)
         try:
@@ -86,7 +84,7 @@ class Planner:
         return known, (*key, function)
 
 
-def _signature(model: nn.Module, layers: LayerCollection) -> tuple:
+def signature(model: nn.Module, layers: LayerCollection) -> tuple:
     """What a plan depends on; equal for equal structures."""
     ids = {id(p): name for name, p in model.named_parameters()}
     modules, seen = [], dict[int, Any]()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nngeo.generators.differentiable import BUDGET
+from nngeo.generators.differentiable import BUDGET, added
 from nngeo.generators.linearized import Linearized
 from nngeo.generators.record import BatchRecord
 from nngeo.layers.collection import LayerCollection
@@ -34,6 +34,44 @@ class Point:
         return torch.stack([p.reshape(len(rows), self.size, -1).to(rows).sum(-1) for p in products], 1)
 
 
+class Pulled:
+    """The sum (m, P) over mini-batches of what was pulled back, kept by parameter until the end if m is 1."""
+
+    def __init__(self, layers: LayerCollection, like: Tensor):
+        self._layers, self._like, self._rows = layers, like, len(like)
+        self._flat: Tensor | None = None
+        self._parts: list[Tensor | None] | None = None
+        self._own = False  # what autograd returns may be one tensor for two parameters
+
+    def add(self, grads: list[Tensor | None], start: int, m: int) -> None:
+        """Gradients (m, *shape) by every parameter for the rows from `start`."""
+        if self._rows == 1:
+            before = self._parts
+            self._parts = added(before, grads, self._own)
+            self._own = before is not None and all(x is not y for x, y in zip(self._parts, grads, strict=True))
+            return
+        if self._flat is None:
+            self._flat = self._like.new_zeros(self._rows, self._layers.numel())
+        column = 0
+        for grad, size in zip(grads, self._sizes(), strict=True):
+            if grad is not None:
+                self._flat[start : start + m, column : column + size] += grad.reshape(m, size).to(self._flat)
+            column += size
+
+    def total(self) -> Tensor:
+        """(m, P), a new tensor."""
+        if self._rows != 1 or self._parts is None:
+            return self._like.new_zeros(self._rows, self._layers.numel()) if self._flat is None else self._flat
+        zeros = self._like.new_zeros
+        flat = [
+            zeros(size) if g is None else g.reshape(size) for g, size in zip(self._parts, self._sizes(), strict=True)
+        ]
+        return torch.cat(flat)[None].to(self._like)
+
+    def _sizes(self) -> list[int]:
+        return [size for layer in self._layers.layers.values() for size in layer.sizes()]
+
+
 class WholeModelProducts:
     """J v, J' u and their composition with the metric, for m vectors at once.
 
@@ -46,12 +84,14 @@ class WholeModelProducts:
 
     def mv(self, v: Tensor) -> tuple[Tensor, int]:
         """The sum over examples of `J' M J v` (m, P), and their number."""
-        total, n = torch.zeros_like(v), 0
+        sums, n = Pulled(self.layers, v), 0
         for point in self.points(v):
             at, metric, n = point.at, point.cotangents.metric, n + point.size
-            for sums, rows in zip(point.chunks(total), point.chunks(v), strict=True):
-                sums += at.pull(torch.stack([metric(row) for row in at.push(rows)])).to(v)
-        return total, n
+            start = 0
+            for rows in point.chunks(v):
+                sums.add(at.pull(torch.stack([metric(row) for row in at.push(rows)])), start, len(rows))
+                start += len(rows)
+        return sums.total(), n
 
     def jvp(self, v: Tensor) -> Tensor:
         """(m, k, n)."""
@@ -62,13 +102,13 @@ class WholeModelProducts:
 
     def vjp(self, u: Tensor) -> Tensor:
         """(m, P), summed over the entries of u (m, k, n)."""
-        total, n = u.new_zeros(len(u), self.layers.numel()), 0
+        sums, n = Pulled(self.layers, u), 0
         for point in self.points(None):
             c, part = point.cotangents, u[..., n : n + point.size]
             terms = [torch.einsum("kb...,mkb->mb...", c.chunk(j, j + 1), part[:, j : j + 1]) for j in range(c.count)]
-            total += point.at.pull(torch.stack(terms).sum(0)).to(total)
+            sums.add(point.at.pull(torch.stack(terms).sum(0)), 0, len(u))
             n += point.size
-        return total
+        return sums.total()
 
 
 class LayerwiseProducts:

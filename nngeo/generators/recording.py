@@ -22,7 +22,7 @@ from nngeo.generators.sources import (
     generic_gradients,
     whole_gradients,
 )
-from nngeo.generators.untouched import untouched
+from nngeo.generators.untouched import Snapshot
 from nngeo.generators.watch import Call, Layout, LayoutChanged, Watch, watch
 from nngeo.layers.collection import Layer, LayerCollection
 from nngeo.layers.rule import Computed, Gradients, LinearMapRule, assemble, rule_for
@@ -70,16 +70,25 @@ class Plan:
 class Recording:
     """Outputs of one mini-batch, and the calls that led to them."""
 
-    def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, plan: Plan, batch: Batch):
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Function | None,
+        layers: LayerCollection,
+        plan: Plan,
+        batch: Batch,
+        before: Snapshot | None = None,
+    ):
         self.model, self.layers, self.plan, self.batch = model, layers, plan, batch
         self.replay = Replay(model, function)
         self.seen: Watch
         with (
-            untouched(model),
+            (before or Snapshot(model)).restored(),
             torch.enable_grad(),
             watch(model, plan.hosts(), batch.size, plan.added()) as self.seen,
         ):
             self.outputs = tensor_of(batch.run(model, function))
+        self.like = full_precision(self.outputs.detach())
         for host, calls in self.seen.calls.items():
             for j, call in enumerate(calls):
                 self._check_layout(host, j, call)
@@ -133,7 +142,7 @@ class Recording:
 
     def record_of(self, name: str, grads: dict, c: Tensor, shared: Shared, first: bool = True) -> LayerRecord:
         """One layer's record, from what `pull` returned for cotangents c."""
-        layer, source, like = self.layers[name], self.plan.sources[name], full_precision(self.outputs.detach())
+        layer, source, like = self.layers[name], self.plan.sources[name], self.like
         parts = self._parts(layer, source, grads, c, shared) or self._nothing(layer, source, len(c), like)
         return LayerRecord(layer, parts, self.batch.size, len(c), first, like)
 

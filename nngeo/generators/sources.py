@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class Source:
 
     def layout(self, known: Layout) -> Layout:
         """The layout of a tensor, as this source reads it."""
-        return replace(known, position_major=self.position_major)
+        same = known.position_major == self.position_major
+        return known if same else replace(known, position_major=self.position_major)
 
 
 def uses_of(model: nn.Module, layers: LayerCollection) -> dict[str, Uses]:
@@ -111,10 +112,11 @@ class View:
     arguments: list[Layout]
     outputs: list[Layout]
     b: int
+    examples: slice = field(default_factory=lambda: slice(None))  # those of the b that are looked at
 
     def argument(self, call: Call, j: int) -> Tensor:
         """(b, *what one example has)."""
-        return self.source.layout(self.arguments[j]).split(call.arguments[j], self.b)
+        return self.source.layout(self.arguments[j]).split(call.arguments[j], self.b)[self.examples]
 
     def gradient(self, call: Call, j: int, g: Tensor) -> Tensor:
         """(k, b, *what one example has)."""
@@ -123,7 +125,7 @@ class View:
         layout = added_layout(shape) if added else self.source.layout(known)  # type: ignore[arg-type]
         if layout.axis is None:
             raise ValueError("The output of a call is the same for all examples, so it has no gradient for each.")
-        return layout.split(g, self.b, lead=1)
+        return layout.split(g, self.b, lead=1)[:, self.examples]
 
 
 def fast_gradients(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,20 +31,23 @@ class Sweeps:
         """The batches of a loader (or whatever `Examples` takes), on a device."""
         examples = Examples(source)
         numbers = self._random_of(examples)
-        numbers.restart()
+        if numbers is not None:
+            numbers.restart()
         with tqdm(total=examples.total(), unit=" examples", disable=not verbose) as bar:
             batches = iter(examples)
             while True:
-                with numbers.active():
+                with nullcontext() if numbers is None else numbers.active():
                     batch = next(batches, None)
                 if batch is None:
                     return
                 yield batch.to(device)
                 bar.update(batch.size)
 
-    def _random_of(self, examples: Examples) -> RandomNumbers:
-        if not isinstance(examples.source, Hashable) or examples.single:
-            return RandomNumbers(examples.source)  # nothing is drawn in iterating over batches that are there
+    def _random_of(self, examples: Examples) -> RandomNumbers | None:
+        if examples.single or type(examples.source) in (list, tuple):
+            return None  # nothing is drawn in iterating over batches that are there
+        if not isinstance(examples.source, Hashable):
+            return RandomNumbers(examples.source)
         try:
             return self._random.setdefault(examples.source, RandomNumbers(examples.source))
         except TypeError:  # no weak references: tuples

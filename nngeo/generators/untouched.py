@@ -10,34 +10,51 @@ import torch
 from torch import Tensor, nn
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, `requires_grad` flags, `.grad`, and tensors and plain values kept as attributes, on leaving.
+class Snapshot:
+    """A model's buffers, `requires_grad` flags, `.grad`, and tensors and plain values kept as attributes.
 
     Parameters are never written to by nngeo. The other tensors are copied, because a model's forward may write to them.
-    Inside, inference mode and autocast are off.
     """
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    places = [place for module in model.modules() for place in (module._buffers, vars(module))]
-    before = [(place, {name: value for name, value in place.items() if _is_state(value)}) for place in places]
-    copies = [(x, x.detach().clone()) for _, found in before for x in found.values() if isinstance(x, Tensor)]
-    device = parameters[0][0].device.type if parameters else "cpu"
-    try:
-        with torch.inference_mode(False), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for p, flag, grad in parameters:
-            p.requires_grad_(flag)
-            p.grad = grad
-        for place, found in before:
-            for name in [name for name, value in place.items() if isinstance(value, Tensor) and name not in found]:
-                del place[name]
-            place.update(found)
-        with torch.no_grad():
-            for x, copy in copies:
-                if not torch.equal(x, copy):
-                    x.copy_(copy)
+
+    def __init__(self, model: nn.Module):
+        self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        places: list[dict[str, Any]] = [place for m in model.modules() for place in (m._buffers, vars(m))]
+        self._before = [
+            (place, {k: v for k, v in place.items() if k not in _INTERNAL and isinstance(v, _STATE)})
+            for place in places
+        ]
+        tensors = [x for _, found in self._before for x in found.values() if isinstance(x, Tensor)]
+        self._copies = [(x, x.detach().clone()) for x in tensors]
+        self._device = self._parameters[0][0].device.type if self._parameters else "cpu"
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restore the model on leaving. Inside, inference mode and autocast are off."""
+        try:
+            with torch.inference_mode(False), torch.autocast(self._device, enabled=False):
+                yield
+        finally:
+            for p, flag, grad in self._parameters:
+                if p.requires_grad != flag:
+                    p.requires_grad_(flag)
+                if p.grad is not grad:
+                    p.grad = grad
+            for place, found in self._before:
+                for name in [name for name, value in place.items() if name not in found and isinstance(value, Tensor)]:
+                    del place[name]
+                place.update(found)
+            with torch.no_grad():
+                for x, copy in self._copies:
+                    if not torch.equal(x, copy):
+                        x.copy_(copy)
 
 
-def _is_state(value: Any) -> bool:
-    return value is None or isinstance(value, Tensor | bool | int | float | str)
+_STATE = (type(None), bool, int, float, str, Tensor)
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # of every module: hooks and the like
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore a model on leaving, as `Snapshot` does. Inside, inference mode and autocast are off."""
+    with Snapshot(model).restored():
+        yield

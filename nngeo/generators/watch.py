@@ -62,7 +62,7 @@ class Call:
     """One call of a module: the leaves of its arguments and, for each leaf of its output, the gradient edge."""
 
     arguments: list[Any]
-    structure: TreeSpec
+    structure: TreeSpec | None  # None: positional tensors only
     outputs: list[GradientEdge | None]
     shapes: list[torch.Size | None]  # of the outputs, as the rest of the model sees them
     returned: list[torch.Size | None]  # the same, as the module returned them
@@ -79,7 +79,7 @@ class Call:
     def rebuilt(self, replaced: dict[int, Tensor]) -> tuple[tuple, dict]:
         """Positional and keyword arguments, some tensors replaced."""
         leaves = [replaced.get(j, leaf) for j, leaf in enumerate(self.arguments)]
-        return tree_unflatten(leaves, self.structure)
+        return (tuple(leaves), {}) if self.structure is None else tree_unflatten(leaves, self.structure)
 
     def check_unchanged(self, name: str) -> None:
         """Raise if an argument was changed in place after the call."""
@@ -113,10 +113,10 @@ def watch(model: nn.Module, names: Collection[str], b: int, added: Collection[st
         def note(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> Any:
             if not seen.open:  # activation checkpointing runs the module again in the backward pass
                 return None
-            leaves, structure = tree_flatten((args, kwargs))
+            leaves, structure = _flat(args, kwargs)
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
-            results, spec = tree_flatten(out)
+            results, spec = ([out], None) if isinstance(out, Tensor) else tree_flatten(out)
             returned = _shapes(results)
             edges: list[GradientEdge | None] = []
             replaced = False
@@ -136,7 +136,9 @@ def watch(model: nn.Module, names: Collection[str], b: int, added: Collection[st
                     # The edge is taken here, before an in-place activation can move the tensor past it.
                     edges.append(get_gradient_edge(result))
             seen.calls[name].append(Call(leaves, structure, edges, _shapes(results), returned, versions))
-            return tree_unflatten(results, spec) if replaced else None
+            if not replaced:
+                return None
+            return results[0] if spec is None else tree_unflatten(results, spec)
 
         handles.append(modules[name].register_forward_hook(note, with_kwargs=True))
     try:
@@ -145,6 +147,12 @@ def watch(model: nn.Module, names: Collection[str], b: int, added: Collection[st
         seen.open = False
         for handle in handles:
             handle.remove()
+
+
+def _flat(args: tuple, kwargs: dict) -> tuple[list[Any], TreeSpec | None]:
+    if not kwargs and all(isinstance(argument, Tensor) for argument in args):
+        return list(args), None
+    return tree_flatten((args, kwargs))
 
 
 def _shapes(leaves: list[Any]) -> list[torch.Size | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,8 +47,10 @@ class Block(ABC):
 
     @staticmethod
     @abstractmethod
-    def statistic(record: LayerRecord, **options: Any) -> Statistic:
+    def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> Statistic:
         """What one record adds to the sums, in tensors of its own; None where it adds nothing.
+
+        It may add in place to the sums so far, `into`, and return these.
 
         A record holds some of the cotangents of a mini-batch: statistics of inputs alone count where `record.first`.
         """
@@ -194,15 +196,16 @@ class Sums:
     by_layer: dict[str, list[Tensor]] = field(default_factory=dict)
     n_examples: int = 0
 
-    def add(self, batch: BatchRecord, statistic: Callable[[LayerRecord], Statistic]) -> None:
+    def add(self, batch: BatchRecord, statistic: Callable[[LayerRecord, Sequence[Tensor]], Statistic]) -> None:
         """Add one mini-batch, or the next chunk of its cotangents. Layers that it did not use add nothing."""
         self.n_examples += batch.n_examples if batch.first else 0
         for name, record in batch.layers.items():
-            terms = statistic(record) if record.parts else ()
             sums = self.by_layer.setdefault(name, [])
+            terms = statistic(record, sums) if record.parts else ()
             if sums:
                 for total, term in zip(sums, terms, strict=False):
-                    total += term if term is not None else 0.0
+                    if term is not None and term is not total:
+                        total += term
             else:
                 sums.extend(terms)  # type: ignore[arg-type]  # the first chunk of a mini-batch has all
 

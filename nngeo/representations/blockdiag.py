@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
+from nngeo.linalg.contraction import add_inner, moment
 from nngeo.linalg.outer import MatrixView
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import SymmetricMatrix
@@ -28,9 +29,9 @@ class DenseBlock(Block):
     takes_dense = True
 
     @staticmethod
-    def statistic(record: LayerRecord, **options: Any) -> tuple[Tensor]:
-        j = record.jacobian().flatten(0, 1)
-        return (j.mT @ j,)
+    def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> tuple[Tensor]:
+        x = record.jacobian().flatten(0, 1).mT
+        return (add_inner(into[0], x, x) if into else moment(x),)
 
     @classmethod
     def from_means(cls, layer: Layer, view: MatrixView | None, *means: Tensor) -> DenseBlock:

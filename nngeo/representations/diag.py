@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,8 @@ class DiagBlock(Block):
     takes_dense = True
 
     @staticmethod
-    def statistic(record: LayerRecord, **options: Any) -> tuple[Tensor]:
-        return (record.squares(),)
+    def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> tuple[Tensor]:
+        return (record.squares(*into),)
 
     @classmethod
     def from_means(cls, layer: Layer, view: MatrixView | None, *means: Tensor) -> DiagBlock:

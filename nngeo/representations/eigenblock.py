@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,10 +25,10 @@ Moments = tuple[Tensor | None, Tensor]
 EitherBlock = TypeVar("EitherBlock", "KroneckerEigenBlock", "KroneckerBlock")
 
 
-def moments(record: LayerRecord, weight_sharing: Sharing) -> Moments:
+def moments(record: LayerRecord, weight_sharing: Sharing, into: Sequence[Tensor]) -> Moments:
     """Sums of `a a'` (None but at the first chunk of cotangents) and of `g g'`; see `OuterProducts`."""
-    factors = record.factors()
-    return factors.input_moment(weight_sharing) if record.first else None, factors.output_moment(weight_sharing)
+    factors, (a, g) = record.factors(), into or (None, None)
+    return factors.input_moment(weight_sharing, a) if record.first else None, factors.output_moment(weight_sharing, g)
 
 
 def zero_view(layer: Layer) -> MatrixView:
@@ -63,8 +63,8 @@ class KroneckerEigenBlock(Block):
     dg: Tensor | None = None
 
     @staticmethod
-    def statistic(record: LayerRecord, **options: Any) -> Moments:
-        return moments(record, options["weight_sharing"])
+    def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> Moments:
+        return moments(record, options["weight_sharing"], into)
 
     @classmethod
     def stored(cls, record: LayerRecord, **options: Any) -> int:

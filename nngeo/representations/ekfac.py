@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -30,7 +30,7 @@ class EigenbasisPMat(FactoredPMat):
         """
         sums = Sums()
         for batch in self._source().records(examples, self.layer_collection):
-            sums.add(batch, lambda record: self.data[record.layer.name].second_moments(record))
+            sums.add(batch, lambda record, into: self.data[record.layer.name].second_moments(record))
         means = sums.means()
         require_finite(means, f"this {type(self).__name__}")
         self.data = {name: block.rescaled(*means[name]) for name, block in self.data.items()}
@@ -42,10 +42,10 @@ class EigenbasisPMat(FactoredPMat):
             return super()._estimated(examples)
         sums, records, options = Sums(), {}, self._options()
 
-        def statistic(record: LayerRecord) -> Statistic:
+        def statistic(record: LayerRecord, into: Sequence[Tensor]) -> Statistic:
             records[record.layer.name] = record
             block = self.data[record.layer.name]
-            return block.second_moments(record) or block.statistic(record, **options)
+            return block.second_moments(record) or block.statistic(record, into, **options)
 
         for batch in self._source().records(examples, self.layer_collection):
             sums.add(batch, statistic)

@@ -103,7 +103,8 @@ class PMatImplicit(MatrixFree):
         return self._source().mv(v.detach(), self.examples, self.layer_collection)
 
     def _mv(self, v: Tensor) -> Tensor:
-        product = self.scaling * symmetric_map(v, self._product) if v.numel() else v.clone()
+        product = symmetric_map(v, self._product) if v.numel() else v.clone()
+        product = self.scaling * product if isinstance(self.scaling, Tensor) or self.scaling != 1 else product
         return product if self.shift is None else product + self.shift * v
 
     def _solve(self, v: Tensor, regul: float, **options: Any) -> Tensor:

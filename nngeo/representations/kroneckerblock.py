@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,8 @@ class KroneckerBlock(Block):
     view: MatrixView
 
     @staticmethod
-    def statistic(record: LayerRecord, **options: Any) -> Moments:
-        return moments(record, options["weight_sharing"])
+    def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> Moments:
+        return moments(record, options["weight_sharing"], into)
 
     @classmethod
     def stored(cls, record: LayerRecord, **options: Any) -> int:

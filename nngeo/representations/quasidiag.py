@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class QuasiDiagBlock(Block):
     view: MatrixView | None = None
 
     @staticmethod
-    def statistic(record: LayerRecord, **options: Any) -> tuple[Tensor, ...]:
+    def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> tuple[Tensor, ...]:
         view, squares = record.view, record.squares()
         if view is None or not (view.bias and view.columns):
             return (squares,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -24,7 +24,7 @@ class RowsBlock(Block):
     view: MatrixView
 
     @staticmethod
-    def statistic(record: Any, **options: Any) -> NoReturn:
+    def statistic(record: Any, into: Sequence[Tensor] = (), **options: Any) -> NoReturn:
         raise NotImplementedError("A RowsBlock is not estimated: it is a function of a QuasiDiagBlock.")
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ class SumBlock(Block):
     terms: tuple[Block, ...]
 
     @staticmethod
-    def statistic(record: Any, **options: Any) -> NoReturn:
+    def statistic(record: Any, into: Sequence[Tensor] = (), **options: Any) -> NoReturn:
         raise NotImplementedError("A SumBlock is not estimated: it is the sum of two blocks.")
 
     @classmethod

@@ -37,11 +37,13 @@ class SoftmaxVariant(Variant):
         def chunk(start: int, stop: int) -> Tensor:
             at = torch.arange(start, min(stop, count), device=log_p.device)
             position, column = at // (classes - 1), at % (classes - 1)
-            c = outputs.new_zeros(len(at), b, t, classes)
             columns = keep(
                 None if counted is None else counted[:, position],
                 _root(log_p[:, position], log_tails[:, position], column),
             )
+            if t == 1:
+                return self._from_rows(columns.transpose(0, 1).unsqueeze(2).to(outputs.dtype), outputs)
+            c = outputs.new_zeros(len(at), b, t, classes)
             c[at - start, :, position] = columns.transpose(0, 1).to(c.dtype)
             return self._from_rows(c, outputs)
 
