@@ -169,6 +169,8 @@ class Examples:
         """The number of examples, where the source can tell without being iterated (an upper bound)."""
         if self.single:
             return Batch.of(self.source).size
+        if type(self.source) in (list, tuple):
+            return sum(Batch.of(content).size for content in self.source)
         dataset = getattr(self.source, "dataset", None)
         try:
             return len(dataset)  # type: ignore[arg-type]

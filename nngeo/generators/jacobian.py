@@ -78,7 +78,7 @@ class JacobianGenerator(Generator):
             step = max(1, BUDGET // max(1, recording.elements()))
             for start in range(0, c.count, step):
                 stop = min(start + step, c.count)
-                yield recording.records(c.chunk(start, stop), first=start == 0, retain=stop < c.count)
+                yield recording.records(c.chunk(start, stop), first=start == 0, retain=stop < c.count, count=c.count)
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """F v, like v (..., P): for each mini-batch J v, the metric at the outputs, and the pull-back.

@@ -63,6 +63,11 @@ class LayerRecord:
             total += part.dense()
         return total
 
+    def write(self, rows: Tensor) -> None:
+        """Write the gradients to (k, b, p), which may be part of something larger."""
+        if self.view is None or not (parts := self.view.parts(rows)) or not self._factors.write(*parts):
+            rows.copy_(self.jacobian())
+
     def one(self, k: int, b: int) -> Tensor:
         """(p,), the gradient of one cotangent and one example."""
         total = self.like.new_zeros(self.layer.numel())
@@ -105,3 +110,4 @@ class BatchRecord:
     layers: dict[str, LayerRecord]
     n_examples: int
     first: bool  # examples are counted only at the first chunk
+    count: int  # of the cotangents of the mini-batch, in all its chunks

@@ -133,12 +133,12 @@ class Recording:
             found[name].append([None if edge is None else flat.pop(0) for edge in call.outputs])
         return found
 
-    def records(self, c: Tensor, *, first: bool = True, retain: bool = False) -> BatchRecord:
-        """What cotangents c (k, b, ...) leave at every layer; with `retain` more may follow."""
+    def records(self, c: Tensor, *, first: bool = True, retain: bool = False, count: int | None = None) -> BatchRecord:
+        """What cotangents c (k, b, ...), of `count` in all, leave at every layer; with `retain` more may follow."""
         grads = self.pull(c, retain)
         shared: Shared = {}
         records = {name: self.record_of(name, grads, c, shared, first) for name in self.layers}
-        return BatchRecord(records, self.batch.size, first)
+        return BatchRecord(records, self.batch.size, first, count or len(c))
 
     def record_of(self, name: str, grads: dict, c: Tensor, shared: Shared, first: bool = True) -> LayerRecord:
         """One layer's record, from what `pull` returned for cotangents c."""

@@ -45,6 +45,16 @@ class OuterProducts:
         """(k, b, n, o, i)."""
         return self._products(self.a, self.g).permute(2, 1, 0, 3, 4)
 
+    def write(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the gradients are now in (k, b, n, o, i) and (k, b, n, o): only for one position, where it pays."""
+        if self.g.shape[3] != 1:
+            return False
+        g, a = self.g[..., 0, :].permute(1, 2, 0, 3), self.a[..., 0, :].transpose(0, 1)
+        torch.mul(g[..., None], a[:, :, None, : weight.shape[-1]], out=weight)
+        if bias is not None:
+            torch.mul(g, a[..., -1:], out=bias)
+        return True
+
     def one(self, k: int, b: int) -> OuterProducts:
         """Those of one cotangent and one example."""
         return OuterProducts(self.a[:, b : b + 1], self.g[:, k : k + 1, b : b + 1])
@@ -241,6 +251,10 @@ class SelectedProducts:
         """(1, o, o)."""
         return OuterProducts(self.g, self.g).output_moment(sharing, into)
 
+    def write(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Never: there is no cheaper way than to copy `dense`."""
+        return False
+
     def add_squares(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Never: there is no cheaper way than to add `squares`."""
         return False
@@ -301,11 +315,12 @@ class MatrixView:
         return torch.cat([matrix, bias.reshape(*lead, self.groups, self.rows, 1)], -1) if self.bias else matrix
 
     def parts(self, flat: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Views (n, o, i) and (n, o) of the weight and the bias in a flat tensor (p,); None where one has to copy."""
+        """Views (..., n, o, i) and (..., n, o) of weight and bias in flat (..., p); None where it takes a copy."""
         if self.transposed:
             return None
         numel, (n, o, _) = self.groups * self.rows * self.columns, self.shape
-        return flat[:numel].view(n, o, self.columns), flat[numel:].view(n, o) if self.bias else None
+        weight, bias = flat[..., :numel].unflatten(-1, (n, o, self.columns)), flat[..., numel:]
+        return weight, bias.unflatten(-1, (n, o)) if self.bias else None
 
     def to_flat(self, matrix: Tensor) -> Tensor:
         """(..., n, o, i) -> (..., p)."""

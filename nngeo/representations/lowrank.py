@@ -15,8 +15,8 @@ from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.base import PMat
 from nngeo.representations.damping import Damping
 from nngeo.representations.finite import require_finite
+from nngeo.representations.jacobians import jacobian_of
 from nngeo.representations.lowrankdiag import PMatLowRankPlusDiag, require_eigenbasis
-from nngeo.representations.maps import jacobian_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer, LayerCollection
 from nngeo.representations.coordinates import coordinates, embed, restrict
-from nngeo.representations.estimate import Estimate, check_kind, positive_count
+from nngeo.representations.estimate import Estimate, check_kind
 from nngeo.representations.fspace import FMatDense
-from nngeo.representations.memory import require_memory
+from nngeo.representations.jacobians import jacobian_of
 from nngeo.vectors import FVector, PVector
 
 if TYPE_CHECKING:
@@ -200,41 +200,3 @@ def random_pfmap(
 def flat_jacobian(batch: BatchRecord, layers: LayerCollection) -> Tensor:
     """(k, b, P) of one mini-batch, or of a chunk of its cotangents."""
     return layers.join({name: record.jacobian() for name, record in batch.layers.items()})
-
-
-def jacobian_of(estimate: Estimate, examples: Any, *, pad: bool = False) -> tuple[Tensor, int]:
-    """(k, n, P) over all examples, and n.
-
-    Args:
-        pad: whether mini-batches with fewer cotangents get rows of zeros; else they are an error.
-
-    Raises:
-        MemoryError: as soon as the next mini-batch would not fit.
-    """
-    batches, layers, name = estimate._records(examples), estimate.layer_collection, type(estimate).__name__
-    if batches is None:
-        raise NotImplementedError(f"A Hessian is not made of gradients of examples: there is no {name} of it.")
-    parts: list[list[Tensor]] = []
-    n = held = 0
-    for batch in batches:
-        if batch.first:
-            parts.append([])
-            n += batch.n_examples
-        record = next(iter(batch.layers.values()))
-        new = record.n_cotangents * batch.n_examples * layers.numel()
-        instead = "Use PFMapImplicit, or PMatImplicit, or fewer examples."
-        what = f"{name} of the first {n} examples"
-        require_memory(what, held + 2 * new, record.like.dtype, record.like.device, instead)
-        parts[-1].append(flat_jacobian(batch, layers))
-        held += new
-    positive_count(n)
-    return torch.cat(_same_counts([torch.cat(chunks) for chunks in parts], pad), 1), n
-
-
-def _same_counts(parts: list[Tensor], pad: bool) -> list[Tensor]:
-    counts = [len(part) for part in parts]
-    if len(set(counts)) > 1 and not pad:
-        raise ValueError(f"The mini-batches have different numbers of outputs, {sorted(set(counts))}.")
-    return [
-        torch.cat([p, p.new_zeros(max(counts) - len(p), *p.shape[1:])]) if len(p) < max(counts) else p for p in parts
-    ]
