@@ -12,7 +12,9 @@ from torch.testing import assert_close
 from nngeo.linalg.cache import Cache, version
 from nngeo.linalg.cg import conjugate_gradients
 from nngeo.linalg.kronecker import KroneckerBasis, eigenbasis, outer
-from nngeo.linalg.outer import MatrixView, OuterProducts, SelectedProducts
+from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.outer import OuterProducts
+from nngeo.linalg.selected import SelectedProducts
 from nngeo.linalg.symmetric import SymmetricMatrix, reciprocal
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from nngeo.layers.collection import Layer
 from nngeo.layers.rule import Factored, Gradients
 from nngeo.linalg.contraction import inner
-from nngeo.linalg.outer import MatrixView, OuterProducts, SelectedProducts, concatenate
+from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.outer import OuterProducts
+from nngeo.linalg.selected import SelectedProducts, concatenate
 
 
 @dataclass

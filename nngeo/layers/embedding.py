@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nngeo.layers.collection import Layer
 from nngeo.layers.rule import Factored, LinearMapRule, Names, register_rule
-from nngeo.linalg.outer import SelectedProducts
+from nngeo.linalg.selected import SelectedProducts
 
 
 @register_rule(nn.Embedding)

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nngeo.layers.collection import Layer
-from nngeo.linalg.outer import MatrixView, OuterProducts, SelectedProducts
+from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.outer import OuterProducts
+from nngeo.linalg.selected import SelectedProducts
 
 Names = Mapping[str, str]  # parameter name in the called module -> parameter name in the layer
 

@@ -8,7 +8,6 @@ cheaper. n counts groups: independent maps side by side, as in a grouped convolu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -163,7 +162,10 @@ class OuterProducts:
 
     def rotate(self, ua: Tensor | None, ug: Tensor) -> OuterProducts:
         """The gradients `ug' G ua`; None stands for the identity."""
-        g = inner(self.g.flatten(1, 3), ug.mT).unflatten(1, self.g.shape[1:4])
+        if self.g.shape[3] == 1:
+            g = inner(self.g.flatten(1, 3), ug.mT).unflatten(1, self.g.shape[1:4])
+        else:
+            g = (ug.mT[:, None, None] @ self.g.mT).mT
         if ua is None:
             return OuterProducts(self._a, g, self.i)
         n, b, t = self.g.shape[0], *self.g.shape[2:4]
@@ -173,164 +175,3 @@ class OuterProducts:
             return inner(ua.mT, self.a.flatten(1, 2)).view(n, -1, b, t).permute(0, 2, 3, 1)
 
         return OuterProducts(rotated, g, self.i)
-
-
-@dataclass(frozen=True)
-class SelectedProducts:
-    """OuterProducts whose inputs are rows of the identity: `a[b, t]` selects feature `index[b, t]` of `size`.
-
-    As in an Embedding; `keep` (b, t) is False where a position selects nothing (padding): there a is zero, g need not
-    be. The identity is never formed.
-    """
-
-    index: Tensor
-    keep: Tensor
-    size: int
-    g: Tensor  # (1, k, b, t, o)
-
-    def _kept(self) -> Tensor:
-        """g (k, b, t, o), zero where nothing is selected."""
-        return self.g[0] * self.keep[..., None]
-
-    def dense(self) -> Tensor:
-        """(k, b, 1, o, i)."""
-        _, k, b, t, o = self.g.shape
-        out = self.g.new_zeros(k, b, self.size, o)
-        out.scatter_add_(2, self.index[None, :, :, None].expand(k, b, t, o), self._kept())
-        return out.mT[:, :, None]
-
-    def one(self, k: int, b: int) -> SelectedProducts:
-        """Those of one cotangent and one example."""
-        rows = slice(b, b + 1)
-        return SelectedProducts(self.index[rows], self.keep[rows], self.size, self.g[:, k : k + 1, rows])
-
-    def combine(self, w: Tensor) -> Tensor:
-        """(1, o, i), the sum over k and b with weights w (k, b)."""
-        g = torch.einsum("kbto,kb->bto", self._kept(), w).flatten(0, 1)
-        return g.new_zeros(self.size, g.shape[-1]).index_add_(0, self.index.flatten(), g).mT[None]
-
-    def squares(self) -> Tensor:
-        """(1, o, i), gradients squared and summed over k and b; cost O(k b t^2 o), not O(k b i o)."""
-        same = (self.index[:, :, None] == self.index[:, None, :]).to(self.g.dtype)
-        first = same.tril(-1).sum(-1) == 0  # the first position of its example to select this feature
-        total = (same @ self._kept()).square_().sum(0) * (first & self.keep)[..., None]
-        out = total.new_zeros(self.size, total.shape[-1])
-        return out.index_add_(0, self.index.flatten(), total.flatten(0, 1)).mT[None]
-
-    def gram(self, other: SelectedProducts) -> Tensor:
-        """(k, b, l, c), inner products with the gradients of another mini-batch."""
-        same = (self.index[:, :, None, None] == other.index).to(self.g.dtype)
-        outputs = torch.einsum("kbto,lcso->kbtlcs", self._kept(), other._kept())
-        return torch.einsum("btcs,kbtlcs->kblc", same, outputs)
-
-    def forming(self) -> int:
-        """How many multiplications `dense` takes: it only adds."""
-        return self.g.numel()
-
-    def gram_cost(self, other: SelectedProducts) -> int:
-        """How many multiplications `gram` takes."""
-        (k, b, t, o), (m, c, s) = self.g.shape[1:], other.g.shape[1:4]
-        return k * b * t * m * c * s * (o + 1)
-
-    def counts(self) -> Tensor:
-        """(b, i), how often each example selects each feature."""
-        out = self.g.new_zeros(len(self.index), self.size)
-        return out.scatter_add_(1, self.index, self.keep.to(self.g.dtype))
-
-    def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
-        """(1, i), the diagonal of the moment, which has no other entries; (1, i, i) for "reduce", where it has."""
-        if sharing == "reduce":
-            mean = self.counts() / self.index.shape[1]
-            found = (mean.mT @ mean)[None]
-            return found if into is None else into.add_(found)
-        total = self.g.new_zeros(1, self.size) if into is None else into
-        total[0].index_add_(0, self.index.flatten(), self.keep.flatten().to(self.g.dtype))
-        return total
-
-    def output_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
-        """(1, o, o)."""
-        return OuterProducts(self.g, self.g).output_moment(sharing, into)
-
-    def write(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Never: there is no cheaper way than to copy `dense`."""
-        return False
-
-    def add_squares(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Never: there is no cheaper way than to add `squares`."""
-        return False
-
-    def moment_entries(self, sharing: Sharing = "expand") -> int:
-        """The number of entries of both moments."""
-        return (self.size**2 if sharing == "reduce" else self.size) + self.g.shape[-1] ** 2
-
-    def rotate(self, ua: Tensor | None, ug: Tensor) -> SelectedProducts | OuterProducts:
-        """The gradients `ug' G ua`; None stands for the identity."""
-        g = self.g @ ug[:, None, None]
-        if ua is None:
-            return SelectedProducts(self.index, self.keep, self.size, g)
-        return OuterProducts((ua[0][self.index] * self.keep[..., None])[None], g)
-
-
-def concatenate(parts: list[OuterProducts] | list[SelectedProducts]) -> OuterProducts | SelectedProducts:
-    """The sum of gradients of one linear map: its calls are further positions t."""
-    if len(parts) == 1:
-        return parts[0]
-    g = torch.cat([part.g for part in parts], 3)
-    if isinstance(parts[0], OuterProducts):
-        return OuterProducts(lambda: torch.cat([part.a for part in parts], 2), g, parts[0].i)
-    index = torch.cat([part.index for part in parts], 1)
-    keep = torch.cat([part.keep for part in parts], 1)
-    return SelectedProducts(index, keep, parts[0].size, g)
-
-
-@dataclass(frozen=True)
-class MatrixView:
-    """A layer's flat parameters (..., p) seen as matrices (..., n, o, i), the bias as last column.
-
-    A layer may own only the weight, or only the bias, of its map: the rest is frozen or belongs to another layer.
-    """
-
-    groups: int
-    rows: int  # o
-    columns: int  # of the weight alone: 0 if only the bias is owned
-    bias: bool
-    transposed: bool = False  # the weight is stored (i / kernel, o, kernel)
-    kernel: int = 1
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(n, o, i)."""
-        return self.groups, self.rows, self.columns + self.bias
-
-    def to_matrix(self, flat: Tensor) -> Tensor:
-        """(..., p) -> (..., n, o, i)."""
-        numel = self.groups * self.rows * self.columns
-        weight, bias = flat[..., :numel], flat[..., numel:]
-        lead = flat.shape[:-1]
-        if self.transposed:
-            stored = weight.reshape(*lead, self.groups, self.columns // self.kernel, self.rows, self.kernel)
-            matrix = stored.transpose(-3, -2).flatten(-2)
-        else:
-            matrix = weight.reshape(*lead, self.groups, self.rows, self.columns)
-        return torch.cat([matrix, bias.reshape(*lead, self.groups, self.rows, 1)], -1) if self.bias else matrix
-
-    def parts(self, flat: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Views (..., n, o, i) and (..., n, o) of weight and bias in flat (..., p); None where it takes a copy."""
-        if self.transposed:
-            return None
-        numel, (n, o, _) = self.groups * self.rows * self.columns, self.shape
-        weight, bias = flat[..., :numel].unflatten(-1, (n, o, self.columns)), flat[..., numel:]
-        return weight, bias.unflatten(-1, (n, o)) if self.bias else None
-
-    def to_flat(self, matrix: Tensor) -> Tensor:
-        """(..., n, o, i) -> (..., p)."""
-        weight = matrix[..., : self.columns]
-        if self.transposed:
-            weight = weight.unflatten(-1, (self.columns // self.kernel, self.kernel)).transpose(-3, -2).flatten(-2)
-        if not self.bias:
-            return weight.flatten(-3)
-        flat = matrix.new_empty(*matrix.shape[:-3], weight.shape[-3:].numel() + matrix.shape[-3:-1].numel())
-        n = weight.shape[-3:].numel()
-        flat[..., :n].view(weight.shape).copy_(weight)
-        flat[..., n:].view(matrix.shape[:-1]).copy_(matrix[..., -1])
-        return flat

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.cache import Cache
-from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum, logarithm, power
 from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.estimate import positive_count

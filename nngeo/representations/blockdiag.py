@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.contraction import add_inner, moment
-from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import SymmetricMatrix
 from nngeo.representations.block import Block

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
-from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.block import Block

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.kronecker import KroneckerBasis, eigenbasis, outer, recomposed
-from nngeo.linalg.outer import MatrixView, Sharing
+from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.outer import Sharing
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.block import Block

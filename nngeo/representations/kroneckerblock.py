@@ -12,7 +12,7 @@ from torch import Tensor
 from nngeo.layers.collection import Layer
 from nngeo.linalg.cache import version
 from nngeo.linalg.kronecker import KroneckerBasis, eigenbasis, kronecker_sum, outer, times
-from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.block import Block

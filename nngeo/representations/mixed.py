@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nngeo.layers.collection import Layer, LayerCollection
-from nngeo.linalg.outer import MatrixView, Sharing
+from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.outer import Sharing
 from nngeo.representations.block import Block
 from nngeo.representations.blockdiag import DenseBlock
 from nngeo.representations.eigenblock import KroneckerEigenBlock

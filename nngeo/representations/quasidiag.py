@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
-from nngeo.linalg.outer import BUDGET, MatrixView, OuterProducts
+from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.outer import BUDGET, OuterProducts
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal, spectral_norm
 from nngeo.representations.block import Block

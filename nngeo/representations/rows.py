@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.matrixfunction import matrix_function
-from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum, cleaned, logarithm, power
 from nngeo.representations.block import Block
 

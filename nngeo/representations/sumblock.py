@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
-from nngeo.linalg.outer import MatrixView
+from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.block import BLOCKS, Block
 

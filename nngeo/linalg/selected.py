@@ -1,0 +1,118 @@
+"""Outer products whose inputs select features, as those of an embedding; and the sum of several calls of one map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeo.linalg.outer import OuterProducts, Sharing
+
+
+@dataclass(frozen=True)
+class SelectedProducts:
+    """OuterProducts whose inputs are rows of the identity: `a[b, t]` selects feature `index[b, t]` of `size`.
+
+    As in an Embedding; `keep` (b, t) is False where a position selects nothing (padding): there a is zero, g need not
+    be. The identity is never formed.
+    """
+
+    index: Tensor
+    keep: Tensor
+    size: int
+    g: Tensor  # (1, k, b, t, o)
+
+    def _kept(self) -> Tensor:
+        """g (k, b, t, o), zero where nothing is selected."""
+        return self.g[0] * self.keep[..., None]
+
+    def dense(self) -> Tensor:
+        """(k, b, 1, o, i)."""
+        _, k, b, t, o = self.g.shape
+        out = self.g.new_zeros(k, b, self.size, o)
+        out.scatter_add_(2, self.index[None, :, :, None].expand(k, b, t, o), self._kept())
+        return out.mT[:, :, None]
+
+    def one(self, k: int, b: int) -> SelectedProducts:
+        """Those of one cotangent and one example."""
+        rows = slice(b, b + 1)
+        return SelectedProducts(self.index[rows], self.keep[rows], self.size, self.g[:, k : k + 1, rows])
+
+    def combine(self, w: Tensor) -> Tensor:
+        """(1, o, i), the sum over k and b with weights w (k, b)."""
+        g = torch.einsum("kbto,kb->bto", self._kept(), w).flatten(0, 1)
+        return g.new_zeros(self.size, g.shape[-1]).index_add_(0, self.index.flatten(), g).mT[None]
+
+    def squares(self) -> Tensor:
+        """(1, o, i), gradients squared and summed over k and b; cost O(k b t^2 o), not O(k b i o)."""
+        same = (self.index[:, :, None] == self.index[:, None, :]).to(self.g.dtype)
+        first = same.tril(-1).sum(-1) == 0  # the first position of its example to select this feature
+        total = (same @ self._kept()).square_().sum(0) * (first & self.keep)[..., None]
+        out = total.new_zeros(self.size, total.shape[-1])
+        return out.index_add_(0, self.index.flatten(), total.flatten(0, 1)).mT[None]
+
+    def gram(self, other: SelectedProducts) -> Tensor:
+        """(k, b, l, c), inner products with the gradients of another mini-batch."""
+        same = (self.index[:, :, None, None] == other.index).to(self.g.dtype)
+        outputs = torch.einsum("kbto,lcso->kbtlcs", self._kept(), other._kept())
+        return torch.einsum("btcs,kbtlcs->kblc", same, outputs)
+
+    def forming(self) -> int:
+        """How many multiplications `dense` takes: it only adds."""
+        return self.g.numel()
+
+    def gram_cost(self, other: SelectedProducts) -> int:
+        """How many multiplications `gram` takes."""
+        (k, b, t, o), (m, c, s) = self.g.shape[1:], other.g.shape[1:4]
+        return k * b * t * m * c * s * (o + 1)
+
+    def counts(self) -> Tensor:
+        """(b, i), how often each example selects each feature."""
+        out = self.g.new_zeros(len(self.index), self.size)
+        return out.scatter_add_(1, self.index, self.keep.to(self.g.dtype))
+
+    def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
+        """(1, i), the diagonal of the moment, which has no other entries; (1, i, i) for "reduce", where it has."""
+        if sharing == "reduce":
+            mean = self.counts() / self.index.shape[1]
+            found = (mean.mT @ mean)[None]
+            return found if into is None else into.add_(found)
+        total = self.g.new_zeros(1, self.size) if into is None else into
+        total[0].index_add_(0, self.index.flatten(), self.keep.flatten().to(self.g.dtype))
+        return total
+
+    def output_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
+        """(1, o, o)."""
+        return OuterProducts(self.g, self.g).output_moment(sharing, into)
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Never: there is no cheaper way than to copy `dense`."""
+        return False
+
+    def add_squares(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Never: there is no cheaper way than to add `squares`."""
+        return False
+
+    def moment_entries(self, sharing: Sharing = "expand") -> int:
+        """The number of entries of both moments."""
+        return (self.size**2 if sharing == "reduce" else self.size) + self.g.shape[-1] ** 2
+
+    def rotate(self, ua: Tensor | None, ug: Tensor) -> SelectedProducts | OuterProducts:
+        """The gradients `ug' G ua`; None stands for the identity."""
+        g = self.g @ ug[:, None, None]
+        if ua is None:
+            return SelectedProducts(self.index, self.keep, self.size, g)
+        return OuterProducts((ua[0][self.index] * self.keep[..., None])[None], g)
+
+
+def concatenate(parts: list[OuterProducts] | list[SelectedProducts]) -> OuterProducts | SelectedProducts:
+    """The sum of gradients of one linear map: its calls are further positions t."""
+    if len(parts) == 1:
+        return parts[0]
+    g = torch.cat([part.g for part in parts], 3)
+    if isinstance(parts[0], OuterProducts):
+        return OuterProducts(lambda: torch.cat([part.a for part in parts], 2), g, parts[0].i)
+    index = torch.cat([part.index for part in parts], 1)
+    keep = torch.cat([part.keep for part in parts], 1)
+    return SelectedProducts(index, keep, parts[0].size, g)
