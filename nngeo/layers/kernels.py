@@ -14,19 +14,21 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def plain_kernels(model: nn.Module) -> Iterator[None]:
+def plain_kernels(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
     """Attention by plain matrix products; recurrent layers, if the model has any, by plain cells.
 
     Fused attention has no forward-mode derivative and no second derivative, on any device; nor have the fused
     recurrent kernels of oneDNN and cuDNN. The inference path of nn.TransformerEncoderLayer has no derivative at all.
-    The second derivative of fused weight norm is wrong (torch 2.13: by 10 to 300 % of its norm).
+    The second derivative of fused weight norm is wrong (torch 2.13: by 10 to 300 % of its norm); its first derivatives
+    are right, so without `twice` it is left alone, which spares a look at every operation.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_PlainWeightNorm())
+            if twice:
+                stack.enter_context(_PlainWeightNorm())
             if any(isinstance(module, nn.RNNBase) for module in model.modules()):
                 stack.enter_context(_plain_recurrence())
             yield

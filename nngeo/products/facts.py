@@ -1,0 +1,62 @@
+"""What was found out about a model when it was first differentiated, remembered for its structure."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from nngeo.generators.differentiable import Backward, Footprint, differentiable
+from nngeo.generators.independence import FirstExamples, check_independence
+from nngeo.generators.outputs import check_mode
+from nngeo.generators.plans import signature
+from nngeo.layers.collection import LayerCollection
+from nngeo.products.evaluation import Evaluation
+
+
+@dataclass
+class Facts:
+    """How a model can be differentiated by some of its arguments, or by its weights."""
+
+    way: str | None = None  # in which tangents are pushed forward
+    pull: Backward = field(default_factory=Backward)
+    push: Backward = field(default_factory=Backward)
+    footprint: Footprint = field(default_factory=Footprint)
+    work: float | None = None  # multiplications of a forward, for each example
+    outputs: dict[tuple, Tensor] = field(default_factory=dict)  # of one example, without data, by shapes of the batch
+
+
+_FACTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
+
+
+def facts_of(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> Facts:
+    """Those of a model and of what it is differentiated by; the first time, its examples are looked at.
+
+    Raises:
+        ValueError: the examples of a batch influence each other, or the model draws random numbers.
+    """
+    known, key = _place(evaluation, layers, wrt)
+    if key not in known:
+        check_mode(evaluation.model)
+        with differentiable(evaluation.model, layers):
+            check_independence(evaluation.model, evaluation.function, FirstExamples.of(evaluation.batch))
+        known[key] = Facts()
+    return known[key]
+
+
+def _place(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> tuple[dict[Any, Facts], Any]:
+    leaves, structure = tree_flatten(evaluation.batch.content)
+    kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+    key = (signature(evaluation.model, layers), str(structure), kinds, wrt)
+    try:
+        function = weakref.ref(evaluation.function)
+        hash(function)
+    except TypeError:  # no weak references, or no hash: such a function is looked at every time
+        return {}, key
+    known = _FACTS.setdefault(evaluation.model, {})
+    for old in [old for old in known if old[-1]() is None]:
+        del known[old]  # of a function that is gone
+    return known, (*key, function)

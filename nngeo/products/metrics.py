@@ -1,0 +1,180 @@
+"""Plain metrics: diagonal, dense, by a factor, and low rank plus diagonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nngeo.products.metric import Identity, Metric, Signed, check_shape, cotangents, diagonal, of_examples, rows_of
+from nngeo.products.space import Space
+
+__all__ = ["Dense", "Diagonal", "Factor", "Identity", "LowRankPlusDiagonal", "Metric"]
+
+
+@dataclass(frozen=True)
+class Diagonal(Metric):
+    """diag(d), for d (b, n), or (n,) for all examples; entries may be negative.
+
+    >>> Diagonal(torch.tensor([1.0, 2.0]))
+    Diagonal(d=tensor([1., 2.]))
+    """
+
+    d: Tensor
+
+    def check(self, space: Space) -> None:
+        check_shape(self.d, "Diagonal", "d", space, (space.d,))
+
+    def apply(self, v: Tensor, space: Space) -> Tensor:
+        return self.d * v
+
+    def factors(self, space: Space) -> list[Signed]:
+        d = self.d.detach().expand(space.b, space.d)
+        terms = [Signed(1.0, diagonal(d.clamp(min=0).sqrt()))]
+        return terms + [Signed(-1.0, diagonal((-d).clamp(min=0).sqrt()))] if (d < 0).any() else terms
+
+    def columns(self, space: Space) -> Tensor:
+        return torch.diag_embed(self.d.sqrt()).expand(space.b, -1, -1).transpose(0, 1)
+
+    def signed(self, signs: Tensor, space: Space) -> Tensor | None:
+        return None if (self.d < 0).any() else self.d.sqrt() * signs
+
+    def examples(self, rows: slice) -> Diagonal:
+        return Diagonal(of_examples(self.d, 1, rows))
+
+
+@dataclass(frozen=True)
+class Dense(Metric):
+    """A matrix m (b, n, n), or (n, n) for all examples. It may be indefinite, and need not be symmetric.
+
+    >>> Dense(torch.eye(2)).symmetric
+    True
+    """
+
+    m: Tensor
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether it equals its transpose, up to rounding."""
+        m = self.m.detach()
+        return bool((m - m.mT).abs().max() <= 10 * torch.finfo(m.dtype).eps * m.abs().max()) if m.numel() else True
+
+    def check(self, space: Space) -> None:
+        check_shape(self.m, "Dense", "m", space, (space.d, space.d))
+
+    def apply(self, v: Tensor, space: Space) -> Tensor:
+        if self.m.ndim == 2:
+            return v @ self.m.mT
+        return torch.einsum("bij,mbj->mbi", self.m, v)
+
+    def factors(self, space: Space) -> list[Signed]:
+        """By an eigendecomposition, O(n^3) for each matrix."""
+        values, vectors = torch.linalg.eigh(self.m.detach())
+        values = torch.where(values.abs() > _rounding(values), values, 0)
+        terms = [Signed(1.0, cotangents(vectors * values.clamp(min=0).sqrt()[..., None, :], space))]
+        negative = Signed(-1.0, cotangents(vectors * (-values).clamp(min=0).sqrt()[..., None, :], space))
+        return [*terms, negative] if (values < 0).any() else terms
+
+    def cost(self, space: Space) -> float:
+        return float(space.d) ** 2
+
+    def factors_cost(self, space: Space) -> float:
+        return 25.0 * space.d**3 / (space.b if self.m.ndim == 2 else 1)
+
+    def examples(self, rows: slice) -> Dense:
+        return Dense(of_examples(self.m, 2, rows))
+
+    def transposed(self) -> Dense:
+        return Dense(self.m.mT)
+
+
+@dataclass(frozen=True)
+class Factor(Metric):
+    """`V V'` for v (b, n, r), or (n, r) for all examples.
+
+    >>> Factor(torch.ones(3, 1)).v.shape
+    torch.Size([3, 1])
+    """
+
+    v: Tensor
+
+    def check(self, space: Space) -> None:
+        check_shape(self.v, "Factor", "v", space, (space.d, self.v.shape[-1] if self.v.ndim else 1))
+
+    def apply(self, v: Tensor, space: Space) -> Tensor:
+        return self._times(self._transposed_times(v))
+
+    def _transposed_times(self, v: Tensor) -> Tensor:
+        return v @ self.v if self.v.ndim == 2 else torch.einsum("bir,mbi->mbr", self.v, v)
+
+    def _times(self, u: Tensor) -> Tensor:
+        return u @ self.v.mT if self.v.ndim == 2 else torch.einsum("bir,mbr->mbi", self.v, u)
+
+    def rank(self, space: Space) -> int:
+        return self.v.shape[-1]
+
+    def factors(self, space: Space) -> list[Signed]:
+        return [Signed(1.0, cotangents(self.v.detach(), space))]
+
+    def cost(self, space: Space) -> float:
+        return 2.0 * self.v.shape[-1] * space.d
+
+    def columns(self, space: Space) -> Tensor:
+        return rows_of(self.v, space)
+
+    def signed(self, signs: Tensor, space: Space) -> Tensor | None:
+        return self._times(signs)
+
+    def sign_count(self, space: Space) -> int:
+        return self.v.shape[-1]
+
+    def examples(self, rows: slice) -> Factor:
+        return Factor(of_examples(self.v, 2, rows))
+
+
+@dataclass(frozen=True)
+class LowRankPlusDiagonal(Metric):
+    """`V V' + diag(d)` for v (b, n, r) or (n, r), and d (b, n) or (n,).
+
+    >>> LowRankPlusDiagonal(torch.ones(3, 1), torch.ones(3)).d.shape
+    torch.Size([3])
+    """
+
+    v: Tensor
+    d: Tensor
+
+    def check(self, space: Space) -> None:
+        for part in self._parts():
+            part.check(space)
+
+    def _parts(self) -> tuple[Factor, Diagonal]:
+        return Factor(self.v), Diagonal(self.d)
+
+    def apply(self, v: Tensor, space: Space) -> Tensor:
+        low, diagonal = self._parts()
+        return low.apply(v, space) + diagonal.apply(v, space)
+
+    def rank(self, space: Space) -> int:
+        return self.v.shape[-1] + space.d
+
+    def factors(self, space: Space) -> list[Signed]:
+        return [term for part in self._parts() for term in part.factors(space)]
+
+    def cost(self, space: Space) -> float:
+        return sum(part.cost(space) for part in self._parts())
+
+    def signed(self, signs: Tensor, space: Space) -> Tensor | None:
+        low, diagonal = self._parts()
+        rest = diagonal.signed(signs[..., self.v.shape[-1] :], space)
+        return None if rest is None else low._times(signs[..., : self.v.shape[-1]]) + rest
+
+    def sign_count(self, space: Space) -> int:
+        return self.v.shape[-1] + space.d
+
+    def examples(self, rows: slice) -> LowRankPlusDiagonal:
+        return LowRankPlusDiagonal(of_examples(self.v, 2, rows), of_examples(self.d, 1, rows))
+
+
+def _rounding(values: Tensor) -> Tensor:
+    return values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)

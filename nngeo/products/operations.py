@@ -1,0 +1,91 @@
+"""Which rule an operation of torch follows when a forward pass carries first and second derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nngeo.products.secondorder import (
+    Call,
+    Rule,
+    addition,
+    addmm,
+    affine,
+    contraction,
+    convolution,
+    division,
+    fresh,
+    general,
+    linear,
+    log_softmax,
+    pointwise,
+    product,
+    softmax,
+)
+
+
+class Untracked(NotImplementedError):
+    """An operation whose derivatives a forward pass does not carry."""
+
+
+# Linear in the first argument; views among them.
+_LINEAR = frozenset(
+    "view _unsafe_view _reshape_alias expand t transpose permute slice select squeeze unsqueeze unbind split "
+    "unsafe_split split_with_sizes unsafe_split_with_sizes diagonal alias clone _to_copy neg sum mean flip roll "
+    "unfold repeat cumsum index index_select gather tril triu im2col col2im pixel_shuffle pixel_unshuffle "
+    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
+    "upsample_trilinear3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+    "replication_pad3d".split()
+)
+# Without a second derivative in all tensor arguments jointly (where torch selects entries: but for ties).
+_AFFINE = frozenset(
+    "rsub cat stack constant_pad_nd where masked_fill scatter scatter_add index_put index_add slice_scatter "
+    "select_scatter max min amax amin sort topk median kthvalue cummax cummin adaptive_max_pool2d adaptive_max_pool3d "
+    "max_pool2d_with_indices max_pool3d_with_indices".split()
+)
+# What such a tensor is filled with has no derivative; what is written to it later may have one.
+_FRESH = "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like new_empty_strided".split()
+
+# Where the first argument alone varies; where any one does; and for whatever varies.
+FIRST: dict[str, Rule] = {**dict.fromkeys(_LINEAR, linear), "div": division, "convolution": convolution}
+ALONE: dict[str, Rule] = {
+    **dict.fromkeys(["mul", "mm", "bmm", "mv", "dot"], linear),
+    **dict.fromkeys(["baddbmm", "addmv", "addbmm", "convolution", "_trilinear"], affine),
+    "addmm": addmm,
+}
+ANY: dict[str, Rule] = {
+    **dict.fromkeys(_AFFINE, affine),
+    **dict.fromkeys(_FRESH, fresh),
+    "add": addition(1),
+    "sub": addition(-1),
+    "mul": product,
+    "mm": contraction("kij,kjl->il"),
+    "bmm": contraction("kbij,kbjl->bil"),
+    "mv": contraction("kij,kj->i"),
+    "dot": contraction("ki,ki->"),
+    **dict.fromkeys(["addmm", "baddbmm", "addmv", "addbmm", "convolution", "_trilinear"], general),
+    **dict.fromkeys(["prod", "cumprod", "logcumsumexp", "linalg_cross"], general),
+    "_softmax": softmax,
+    "_safe_softmax": softmax,
+    "_log_softmax": log_softmax,
+    "_prelu_kernel": pointwise,
+}
+
+
+def rule_of(func: Any, name: str, call: Call) -> Rule:
+    """The rule of an operation some of whose arguments vary.
+
+    Raises:
+        Untracked: there is none.
+    """
+    alone = len(call.values) == 1
+    rule = (
+        (FIRST.get(name) if call.arguments == (0,) else None) or (ALONE.get(name) if alone else None) or ANY.get(name)
+    )
+    if rule is None and torch.Tag.pointwise in func.tags:
+        rule = pointwise
+    if rule is None or func.namespace != "aten":
+        raise Untracked(f"{func} has no rule")
+    return rule

@@ -1,0 +1,52 @@
+"""Which way to a sandwich A' M A is the cheapest, by counted multiplications."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nngeo.products.differential import Differential
+from nngeo.products.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way, what it costs for each example, and how many elements it holds for each at once."""
+
+    way: str
+    cost: float
+    elements: int
+
+
+def cheapest(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
+    """The cheapest way; `two` says whether the right A is another one.
+
+    "factor": every column c of V, M = V V', is pulled back, and squares or products of these rows are summed.
+    "whole": A, by rows or by columns, and M applied to it. Only this one is differentiable, and serves any M.
+    """
+    found = [_whole(at, metric, result, two)]
+    if metric.symmetric and not at.differentiable:
+        found.append(_factor(at, metric, result, two))
+    return min(found, key=lambda plan: plan.cost)
+
+
+def _factor(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
+    sides, r = 1 + two, metric.rank(at.codomain)
+    squared = result in ("diag", "trace") and not two
+    carried = at.squares_cost() if squared else sides * at.pull_cost()
+    cost = r * carried + metric.factors_cost(at.codomain) + r * _combined(at, result)
+    return Plan("factor", cost, sides * at.domain.d)
+
+
+def _whole(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
+    d, e, sides = at.codomain.d, at.domain.d, 1 + two
+    carried = sides * min(d * at.pull_cost(), e * at.push_cost())
+    cost = carried + e * metric.cost(at.codomain) + d * _combined(at, result)
+    chunked = result in ("diag", "trace") and at.by_columns
+    return Plan("whole", cost, (sides + 1) * d * (1 if chunked else e))
+
+
+def _combined(at: Differential, result: str) -> float:
+    """Multiplications that form the result from a row (e,)."""
+    if result == "dense":
+        return float(at.domain.d) ** 2
+    return float(sum(size**2 for size in at.domain.sizes.values())) if result == "blocks" else float(at.domain.d)
