@@ -31,7 +31,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["ewc", "natural_gradient", "ntk", "laplace"])
+@pytest.mark.parametrize("name", ["ewc", "natural_gradient", "ntk", "laplace", "multi_task", "latent_geometry"])
 def test_a_script_has_less_than_a_hundred_lines(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100
 
@@ -63,3 +63,20 @@ def test_laplace_is_bayesian_linear_regression_and_the_posterior_of_the_kernel(p
     assert found["linear variance"] <= 1e-10
     assert found["kernel"] <= 1e-10
     assert found["PMatDense"] > found["PMatKFAC"] > found["PMatDiag"]
+
+
+def test_upgrad_spares_the_task_that_the_mean_of_gradients_spoils(picture):
+    found = script("multi_task").main(out=picture)  # the mean of three seeds
+    assert found["mean of gradients"]["worst"] >= 4 * found["mean of gradients"]["before"]
+    assert found["UPGrad"]["worst"] <= 1.01 * found["UPGrad"]["before"]
+    assert found["UPGrad"]["after"] <= 0.9 * found["UPGrad"]["before"]
+    assert found["UPGrad"]["right"] <= 2 * found["mean of gradients"]["right"] <= 2
+
+
+def test_geodesics_between_digits_are_shorter_than_straight_lines(picture):
+    found = script("latent_geometry").main(out=picture)
+    assert all(found["converged"])
+    pairs = list(zip(found["geodesic length"], found["straight length"], strict=True))
+    assert len(pairs) == 3 and all(geodesic <= 0.9 * straight for geodesic, straight in pairs)
+    energies = zip(found["geodesic energy"], found["straight energy"], found["geodesic length"], strict=True)
+    assert all(length**2 <= geodesic <= 0.75 * straight for geodesic, straight, length in energies)

@@ -1,0 +1,44 @@
+"""Conflict-free training (ConFIG: Liu et al., 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
+from nngeo.descent.aggregation.options import rows_or, vector
+
+
+class ConFIGWeighting(GramianWeighting):
+    """Weights of `(sum_i g_i.d) d`, where `d = U'(UU')^+ u` is normalised and U has the gradients as unit rows.
+
+    Args:
+        pref_vector: u (m,); ones if None.
+    """
+
+    pref_vector = vector()
+
+    def __init__(self, pref_vector: Tensor | None = None) -> None:
+        super().__init__()
+        self.pref_vector = pref_vector
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        u = rows_or("pref_vector", self.pref_vector, 1, gramian)
+        lengths = gramian.diagonal().sqrt()
+        inverse = torch.where(lengths > 0, 1 / lengths, 0)
+        units = gramian * inverse * inverse[:, None]
+        v = torch.linalg.pinv(units, hermitian=True) @ u
+        squared_norm = v @ units @ v
+        # The weights of d are v / |U'v|, and its length has another |U'v|. Without a direction both are zero.
+        none = squared_norm <= len(v) * torch.finfo(v.dtype).eps * v.square().sum()
+        return torch.where(none, 0, (lengths @ units @ v) / squared_norm * v * inverse)
+
+
+class ConFIG(GramianWeightedAggregator, of=ConFIGWeighting):
+    """The direction with equal cosines to all gradients, or in the ratio of u; as long as their projections on it.
+
+    "ConFIG: towards conflict-free training of physics informed neural networks" (Liu et al., 2024), equation 2.
+
+    >>> ConFIG()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+    tensor([0.1588, 2.0706, 2.0706])
+    """

@@ -1,0 +1,28 @@
+"""Impartial multi-task learning by gradients (IMTL-G: Liu et al., 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
+
+
+class IMTLGWeighting(GramianWeighting):
+    """Weights `v / sum v` with `v = G^+ d`, d the lengths of the gradients; zero where the sum is."""
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        v = torch.linalg.pinv(gramian) @ gramian.diagonal().sqrt()
+        total = v.sum()
+        return torch.where(total.abs() < 1e-12, 0, v / total)
+
+
+class IMTLG(GramianWeightedAggregator, of=IMTLGWeighting):
+    """The affine combination of the gradients with equal projections on all of them.
+
+    "Towards impartial multi-task learning" (Liu et al., 2021), for linearly dependent gradients as in Quinton & Rey
+    (2024).
+
+    >>> IMTLG()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+    tensor([0.0767, 1.0000, 1.0000])
+    """

@@ -1,0 +1,119 @@
+"""Jacobians by parameter and an aggregator, to gradients by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from nngeo.descent.aggregation.base import GramianWeightedAggregator, WeightedAggregator
+from nngeo.descent.aggregation.constant import ConstantWeighting
+from nngeo.descent.aggregation.mean import MeanWeighting
+from nngeo.descent.aggregation.random import RandomWeighting
+from nngeo.descent.aggregation.sum import SumWeighting
+from nngeo.descent.autojac.arguments import Aggregation
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Gradients (*shape) by parameter, and the weights (m,) of the rows if the aggregator has some."""
+
+    gradients: list[Tensor]
+    weights: Tensor | None
+
+
+@torch.no_grad()
+def combine(jacobians: Sequence[Tensor], aggregator: Aggregation) -> Combination:
+    """The rows of the Jacobians (m, *shape) combined.
+
+    Jacobians are joined to the matrix (m, n), which copies them, only for an aggregator that needs it.
+    """
+    weigh = weights_from_gramian(aggregator)
+    if weigh is not None:
+        weights = weigh(_blank(jacobians[0]) if ignores_values(aggregator) else gramian(jacobians))
+        return Combination([torch.tensordot(weights.to(x), x, dims=1) for x in jacobians], weights)
+    joint = torch.cat([as_matrix(x).to(jacobians[0].device) for x in jacobians], 1)
+    vector, found = _called(aggregator, joint)
+    if vector.shape != joint.shape[1:]:
+        raise ValueError(
+            f"The aggregator returned the shape {tuple(vector.shape)} for a matrix of shape {tuple(joint.shape)}; "
+            f"it should return {tuple(joint.shape[1:])}."
+        )
+    parts = vector.split([as_matrix(x[:1]).numel() for x in jacobians])
+    return Combination([_as_tensor(part, x) for part, x in zip(parts, jacobians, strict=True)], found)
+
+
+def weights_from_gramian(aggregator: Aggregation) -> Callable[[Tensor], Tensor] | None:
+    """What finds the weights (m,) from the Gramian (m, m), or None if the aggregator has to see the Jacobian.
+
+    It has to where it is not known to be `weights(J J') @ J`, and where it has hooks, which may look at the Jacobian.
+    """
+    if (
+        not isinstance(aggregator, WeightedAggregator)
+        or type(aggregator).forward is not WeightedAggregator.forward
+        or _has_hooks(aggregator)
+        or _has_hooks(aggregator.weighting)
+    ):
+        return None
+    if isinstance(aggregator, GramianWeightedAggregator):
+        return aggregator.gramian_weighting
+    return aggregator.weighting if ignores_values(aggregator) else None
+
+
+def ignores_values(aggregator: Aggregation) -> bool:
+    """Whether the weights are known to depend on the number of rows only."""
+    return isinstance(aggregator, WeightedAggregator) and type(aggregator.weighting) in _ROW_COUNTERS
+
+
+_ROW_COUNTERS = (ConstantWeighting, MeanWeighting, RandomWeighting, SumWeighting)
+
+
+def gramian(jacobians: Sequence[Tensor]) -> Tensor:
+    """`J J'` (m, m), summed over the Jacobians (m, *shape) of every parameter."""
+    return reduce(lambda total, x: total + products(x).to(total), jacobians[1:], products(jacobians[0]))
+
+
+def products(jacobian: Tensor) -> Tensor:
+    """Inner products (m, m) of the rows (m, *shape)."""
+    matrix = as_matrix(jacobian)
+    return matrix @ matrix.T
+
+
+def _blank(jacobian: Tensor) -> Tensor:
+    """A matrix (m, 0)."""
+    return as_matrix(jacobian[:, None][:, :0])
+
+
+def as_matrix(jacobian: Tensor) -> Tensor:
+    """(m, *shape) -> (m, p): complex numbers as pairs of real ones, half precision as float32."""
+    real = torch.view_as_real(jacobian.resolve_conj()) if jacobian.is_complex() else jacobian
+    return real.to(torch.promote_types(real.dtype, torch.float32)).reshape(len(jacobian), -1)
+
+
+def _as_tensor(vector: Tensor, jacobian: Tensor) -> Tensor:
+    """(p,) -> (*shape), of what a row is."""
+    if jacobian.is_complex():
+        vector = torch.view_as_complex(vector.reshape(*jacobian.shape[1:], 2))
+    # A clone: parts of one vector would share memory, and gradients are accumulated in place.
+    return vector.reshape(jacobian.shape[1:]).to(jacobian, copy=True)
+
+
+def _called(aggregator: Aggregation, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The aggregation, and the weights that it used, as the hooks on it left them."""
+    if not isinstance(aggregator, WeightedAggregator):
+        return aggregator(matrix), None
+    seen: list[Tensor] = []
+    handle = aggregator.weighting.register_forward_hook(lambda module, args, weights: seen.append(weights))
+    try:
+        vector = aggregator(matrix)
+    finally:
+        handle.remove()
+    return vector, seen[-1] if seen else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(chain(module._forward_hooks, module._forward_pre_hooks))
