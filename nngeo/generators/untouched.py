@@ -20,10 +20,10 @@ class Snapshot:
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         places: list[dict[str, Any]] = [place for m in model.modules() for place in (m._buffers, vars(m))]
         self._before = [
-            (place, {k: v for k, v in place.items() if k not in _INTERNAL and isinstance(v, _STATE)})
+            (place, len(place), {k: v for k, v in place.items() if k not in _INTERNAL and isinstance(v, _STATE)})
             for place in places
         ]
-        tensors = [x for _, found in self._before for x in found.values() if isinstance(x, Tensor)]
+        tensors = [x for _, _, found in self._before for x in found.values() if isinstance(x, Tensor)]
         self._copies = [(x, x.detach().clone()) for x in tensors]
         self._device = self._parameters[0][0].device.type if self._parameters else "cpu"
 
@@ -39,9 +39,11 @@ class Snapshot:
                     p.requires_grad_(flag)
                 if p.grad is not grad:
                     p.grad = grad
-            for place, found in self._before:
-                for name in [name for name, value in place.items() if name not in found and isinstance(value, Tensor)]:
-                    del place[name]
+            for place, size, found in self._before:
+                if len(place) > size:
+                    new = [name for name, value in place.items() if name not in found and isinstance(value, Tensor)]
+                    for name in new:
+                        del place[name]
                 place.update(found)
             with torch.no_grad():
                 for x, copy in self._copies:
