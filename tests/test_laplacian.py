@@ -333,6 +333,7 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "gradient_inside": _gradient_inside,
     "linalg": lambda x: torch.linalg.inv(bent(x)[:, :4].reshape(-1, 2, 2) + 3 * torch.eye(2, dtype=x.dtype)),
     "checkpointed": _checkpointed,
+    "bits": lambda x: bent(x) * (1 + 0 * bent(x).view(torch.int64).double()),
     "complex": lambda x: torch.fft.fft(bent(x)).abs(),
 }
 
@@ -436,6 +437,20 @@ def test_the_model_and_the_random_state_come_back_untouched():
     assert model[4].weight.grad is None
     assert torch.equal(state, torch.get_rng_state())
     assert not x.requires_grad
+
+
+def test_channels_last():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.GELU(), nn.Conv2d(3, 2, 2), nn.Tanh(), nn.Flatten()).double()
+    x = draw(3, 2, 4, 4)
+    expected = forward_laplacian(model, x).laplacian
+    model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    assert_close(forward_laplacian(model, x, method="forward").laplacian, expected)
+    last = forward_laplacian(model, x, method="forward", function=lambda x: model(x.contiguous()))
+    assert_close(last.laplacian, expected)
+    into = forward_laplacian(
+        model, x.contiguous(), method="forward", function=lambda x: model(x.to(memory_format=torch.channels_last))
+    )
+    assert_close(into.laplacian, expected)
 
 
 def test_float32_and_no_grad_are_served():

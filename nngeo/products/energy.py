@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy
@@ -14,7 +13,6 @@ from nngeo.products.curves import Curve, DiscreteCurve
 from nngeo.products.metrics import Metric
 from nngeo.products.opening import differential
 from nngeo.products.outputmetric import OutputMetric, metric_at, outputs_of
-from nngeo.products.plainnorms import PlainNorms
 from nngeo.products.space import Space, outputs_space
 from nngeo.products.structured import as_metric
 
@@ -101,7 +99,7 @@ def _squares(
         # Each chord under the mean of the metrics at its ends.
         return (_norms(m, steps, space, end=False) + _norms(m, steps, space, end=True)) / 2, weights.to(path)
     options: Any = {"function": function, "create_graph": create_graph}
-    with PlainNorms() if create_graph else nullcontext(), differential(model, x, "input", **options) as at:
+    with differential(model, x, "input", **options) as at:
         m = metric_at(metric, at.codomain, model, x, function, create_graph)
         speeds = at.push(c.derivative(t).reshape(1, at.domain.b, at.domain.d))
         squares = (speeds * m.apply(speeds, at.codomain)).sum(-1)[0].reshape(at_t.shape[:2])

@@ -14,6 +14,7 @@ from nngeo.products.secondorder import (
     affine,
     contraction,
     convolution,
+    copied,
     division,
     fresh,
     general,
@@ -32,7 +33,7 @@ class Untracked(NotImplementedError):
 # Linear in the first argument; views among them.
 _LINEAR = frozenset(
     "view _unsafe_view _reshape_alias expand t transpose permute slice select squeeze unsqueeze unbind split "
-    "unsafe_split split_with_sizes unsafe_split_with_sizes diagonal alias clone _to_copy neg sum mean flip roll "
+    "unsafe_split split_with_sizes unsafe_split_with_sizes diagonal alias neg sum mean flip roll "
     "unfold repeat cumsum index index_select gather tril triu im2col col2im pixel_shuffle pixel_unshuffle "
     "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d "
     "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
@@ -49,7 +50,12 @@ _AFFINE = frozenset(
 _FRESH = "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like new_empty_strided".split()
 
 # Where the first argument alone varies; where any one does; and for whatever varies.
-FIRST: dict[str, Rule] = {**dict.fromkeys(_LINEAR, linear), "div": division, "convolution": convolution}
+FIRST: dict[str, Rule] = {
+    **dict.fromkeys(_LINEAR, linear),
+    **dict.fromkeys(["clone", "_to_copy"], copied),
+    "div": division,
+    "convolution": convolution,
+}
 ALONE: dict[str, Rule] = {
     **dict.fromkeys(["mul", "mm", "bmm", "mv", "dot"], linear),
     **dict.fromkeys(["baddbmm", "addmv", "addbmm", "convolution", "_trilinear"], affine),
@@ -86,6 +92,6 @@ def rule_of(func: Any, name: str, call: Call) -> Rule:
     )
     if rule is None and torch.Tag.pointwise in func.tags:
         rule = pointwise
-    if rule is None or func.namespace != "aten":
+    if rule is None or func.namespace != "aten" or func._overloadname == "dtype":  # the same bits, as other numbers
         raise Untracked(f"{func} has no rule")
     return rule

@@ -56,6 +56,12 @@ def affine(call: Call) -> tuple[Any, Any]:
     return carried(*call.tangents)
 
 
+def copied(call: Call) -> tuple[Tensor, Tensor]:
+    """A copy, of another dtype or memory format perhaps."""
+    value, (t,) = call.function(*call.values), call.tangents
+    return value, t.to(value, copy=True)
+
+
 def addition(sign: int) -> Rule:
     """The sum of two arguments, or their difference, with `alpha` before the second."""
 

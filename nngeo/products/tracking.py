@@ -113,7 +113,9 @@ class Tracker:
         if not torch.is_grad_enabled():
             raise Untracked(f"{func} runs without gradients, in torch.no_grad() or a custom autograd.Function")
         if any(x.requires_grad for x in varying):
-            raise Untracked(f"{func} runs on tensors that the model itself differentiates")
+            raise Untracked(
+                f"{func} runs on what the model itself differentiates, or on parameters that are not its own"
+            )
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Untracked(f"{func} draws random numbers")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from nngeo.products.functions import Options
 from nngeo.products.metrics import Identity
 from nngeo.products.opening import differential
 from nngeo.products.outputmetric import OutputMetric, metric_at
-from nngeo.products.plainnorms import PlainNorms
 
 try:
     from typing import Unpack
@@ -54,7 +52,7 @@ def log_volume(
     tensor([0.])
     """
     create_graph = options.get("create_graph", False)
-    with PlainNorms() if create_graph else nullcontext(), differential(model, x, wrt, **options) as at:
+    with differential(model, x, wrt, **options) as at:
         m = metric_at(metric, at.codomain, model, x, options.get("function"), create_graph)
         if at.codomain.d < at.domain.d:
             return at.codomain.like.new_full((at.codomain.b,), -torch.inf)
