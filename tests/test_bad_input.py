@@ -247,3 +247,14 @@ def test_a_generator_of_batches_is_enough_for_a_hessian(representation):
     model = net(nn.Linear(3, 3))
     matrix = Hessian(model, iter([(X, Y)]), representation, F.cross_entropy)
     assert_close(matrix.trace(), Hessian(model, (X, Y), representation, F.cross_entropy).trace())
+
+
+def test_a_loader_that_fills_the_same_tensor_again_is_refused():
+    def batches() -> Iterator[tuple[Tensor]]:
+        buffer = torch.empty(3, 3, dtype=torch.float64)
+        for part in X.split(3):
+            yield (buffer.copy_(part),)
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with refused(ValueError, "'0'", "in place", "loader"):
+        NTK(model, batches())

@@ -115,9 +115,14 @@ class LinearMapRule(LayerRule):
         return MatrixView(n, rows, owned, "bias" in layer.shapes, self.transposed, size)
 
     def gradients(self, module: Any, x: Tensor, g: Tensor, layer: Layer, names: Names) -> Gradients:
-        view, owned = self.view(module, layer), {names[name] for name in names}
+        view, owned, version = self.view(module, layer), {names[name] for name in names}, x._version
 
         def inputs() -> Tensor:
+            if x._version != version:
+                raise ValueError(
+                    f"The input of layer {layer.name!r} was changed in place after the layer had used it. Does the "
+                    "loader fill the same tensors again? Let it give new ones."
+                )
             a = self.with_room(module, x, view.bias)
             a = a if view.columns else a[..., a.shape[-1] - view.bias :]
             if "weight" not in owned:
