@@ -140,7 +140,7 @@ EVERY: list[aggregation.Aggregator] = [
 
 
 @pytest.mark.parametrize("two_steps", [False, True])
-@pytest.mark.parametrize("A", EVERY, ids=repr)
+@pytest.mark.parametrize("A", EVERY, ids=lambda A: type(A).__name__)
 def test_every_aggregator_gets_what_it_needs(model, A, two_steps):
     losses, parameters = losses_of(model, 10), list(model.parameters())
     matrix = matrix_of(losses, parameters)

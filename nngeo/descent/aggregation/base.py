@@ -24,6 +24,7 @@ class Weighting(nn.Module):
     """
 
     differentiable: bool = True
+    reads_values: ClassVar[bool] = True  # else the weights depend on the number of rows only
 
     def __init__(self) -> None:  # no arguments, where a subclass does not say so
         super().__init__()

@@ -11,6 +11,7 @@ from nngeo.descent.aggregation.options import rows_or, vector
 class ConstantWeighting(Weighting):
     """The given weights (m,)."""
 
+    reads_values = False
     weights = vector(optional=False)
 
     def __init__(self, weights: Tensor) -> None:

@@ -10,6 +10,8 @@ from nngeo.descent.aggregation.base import RowWeighting, WeightedAggregator
 class MeanWeighting(RowWeighting):
     """Weights 1/m."""
 
+    reads_values = False
+
     def weights(self, matrix: Tensor) -> Tensor:
         return matrix.new_full((len(matrix),), 1 / len(matrix))
 

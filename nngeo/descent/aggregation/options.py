@@ -51,7 +51,11 @@ def describe(module: object, holder: object | None = None) -> str:
         for n in inspect.signature(type(module)).parameters
         if not isinstance(getattr(type(holder), n, None), Delegated)
     ]
-    return f"{type(module).__name__}({', '.join(f'{name}={getattr(holder, name)!r}' for name in names)})"
+    return f"{type(module).__name__}({', '.join(f'{name}={_shown(getattr(holder, name))}' for name in names)})"
+
+
+def _shown(value: Any) -> str:
+    return value.__name__ if inspect.isfunction(value) else repr(value)
 
 
 def number(lowest: float = -math.inf, highest: float = math.inf, *, open_ends: str = "") -> Option:

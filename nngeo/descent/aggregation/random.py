@@ -11,6 +11,8 @@ from nngeo.descent.aggregation.base import RowWeighting, WeightedAggregator
 class RandomWeighting(RowWeighting):
     """Weights softmax(x) with x normal, drawn anew at each call from torch's generator of the device."""
 
+    reads_values = False
+
     def weights(self, matrix: Tensor) -> Tensor:
         return torch.randn(len(matrix), device=matrix.device, dtype=matrix.dtype).softmax(0)
 

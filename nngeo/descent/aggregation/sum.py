@@ -10,6 +10,8 @@ from nngeo.descent.aggregation.base import RowWeighting, WeightedAggregator
 class SumWeighting(RowWeighting):
     """Weights 1."""
 
+    reads_values = False
+
     def weights(self, matrix: Tensor) -> Tensor:
         return matrix.new_ones(len(matrix))
 

@@ -11,10 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, WeightedAggregator
-from nngeo.descent.aggregation.constant import ConstantWeighting
-from nngeo.descent.aggregation.mean import MeanWeighting
-from nngeo.descent.aggregation.random import RandomWeighting
-from nngeo.descent.aggregation.sum import SumWeighting
 from nngeo.descent.autojac.arguments import Aggregation
 
 
@@ -66,10 +62,7 @@ def weights_from_gramian(aggregator: Aggregation) -> Callable[[Tensor], Tensor] 
 
 def ignores_values(aggregator: Aggregation) -> bool:
     """Whether the weights are known to depend on the number of rows only."""
-    return isinstance(aggregator, WeightedAggregator) and type(aggregator.weighting) in _ROW_COUNTERS
-
-
-_ROW_COUNTERS = (ConstantWeighting, MeanWeighting, RandomWeighting, SumWeighting)
+    return isinstance(aggregator, WeightedAggregator) and not aggregator.weighting.reads_values
 
 
 def gramian(jacobians: Sequence[Tensor]) -> Tensor:
