@@ -6,9 +6,12 @@ from nngeo.products.energy import curve_energy, curve_length
 from nngeo.products.functions import jacobian, jmp, jvp, mjp, vjp
 from nngeo.products.geodesics import Geodesics, geodesics
 from nngeo.products.laplacian import Laplacian, forward_laplacian
+from nngeo.products.metric import Metric
 from nngeo.products.metrics import Dense, Diagonal, Factor, LowRankPlusDiagonal
+from nngeo.products.montecarlo import Sampled
 from nngeo.products.sandwiches import jmjTp, jTmjp
-from nngeo.products.structured import BlockDiagonal, Kronecker, Softmax
+from nngeo.products.softmax import Softmax
+from nngeo.products.structured import BlockDiagonal, Kronecker
 from nngeo.products.volume import log_volume, volume
 
 __all__ = [
@@ -24,6 +27,8 @@ __all__ = [
     "Kronecker",
     "Laplacian",
     "LowRankPlusDiagonal",
+    "Metric",
+    "Sampled",
     "Softmax",
     "curve_energy",
     "curve_length",

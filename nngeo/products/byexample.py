@@ -124,8 +124,14 @@ def _(f: OuterProducts, other: OuterProducts) -> Tensor:
             return (outputs * inputs).sum(0)
         outputs = torch.einsum("nkbto,nlbso->nbtskl", f.g, other.g)
         return torch.einsum("nbts,nbtskl->bkl", inputs, outputs)
-    left = f.dense().flatten(2)
-    right = left if other is f else other.dense().flatten(2)
+    step = max(1, BUDGET // max(1, n * o * i * (k + c)))
+    return torch.cat([_dense_kernel(f, other, slice(e, e + step)) for e in range(0, b, step)])
+
+
+def _dense_kernel(f: OuterProducts, other: OuterProducts, rows: slice) -> Tensor:
+    """(b, k, l), of some of the examples."""
+    left = OuterProducts(f.a[:, rows], f.g[:, :, rows]).dense().flatten(2)
+    right = left if other is f else OuterProducts(other.a[:, rows], other.g[:, :, rows]).dense().flatten(2)
     return left.transpose(0, 1) @ right.permute(1, 2, 0)
 
 

@@ -23,6 +23,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Inside, inference mode and autocast are off."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
 def second_derivatives(model: nn.Module, *, forward: bool = False) -> Iterator[None]:
     """Inside, kernels have second derivatives; with `forward`, only forward-mode ones are needed."""
     with plain_kernels(model, twice=not forward), quiet():

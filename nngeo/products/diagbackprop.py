@@ -11,7 +11,7 @@ from nngeo.generators.batches import Function
 from nngeo.generators.outputs import check_outputs
 from nngeo.layers.collection import LayerCollection
 from nngeo.products import diaglinear  # noqa: F401 (registers its rules)
-from nngeo.products.contexts import frozen
+from nngeo.products.contexts import frozen, quiet
 from nngeo.products.diagrules import Collected, DiagRule, Passage, diag_rule_for
 from nngeo.products.differential import BUDGET
 from nngeo.products.evaluation import Evaluation, Wrt
@@ -59,7 +59,7 @@ def diag_backprop(
         evaluation.inputs(wrt)
     facts_of(evaluation, LayerCollection(), ("diag_backprop",))
     run = _Recursion(back, evaluation, layers, BUDGET if budget is None else budget)
-    with frozen(model), torch.no_grad():
+    with frozen(model), quiet(), torch.no_grad():
         if reduce is None:
             return run(metric, slice(None))
         b, n = evaluation.batch.size, max(1, layers.numel() + evaluation.batch.tensors()[0][0].numel())

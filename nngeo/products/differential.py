@@ -52,6 +52,10 @@ class Differential(ABC):
         """(b, n), the entries of J' w squared and summed over k, for w (k, b, o)."""
         return self.pull(w).square().sum(0)
 
+    def held(self, squared: bool = False) -> int:
+        """Elements that one row of `pull`, or of `squares` and `norms`, holds for each example."""
+        return self.domain.d
+
     def total_squares(self, w: Tensor) -> Tensor:
         """(n,), the same summed over the examples."""
         return self.squares(w).sum(0)
@@ -64,9 +68,11 @@ class Differential(ABC):
         """(k, b), |J' w|^2 for w (k, b, o)."""
         return self.pull(w).square().sum(2)
 
-    def kernel(self, other: Differential) -> Tensor | None:
-        """J J' (b, o, o), or J1 J2' with the J of another batch, where that takes no rows of J; else None."""
-        return None
+    has_kernel = False  # whether `kernel` takes no rows of J
+
+    def kernel(self, other: Differential) -> Tensor:
+        """J J' (b, o, o), or J1 J2' with the J of another batch."""
+        raise NotImplementedError
 
     def examples(self, rows: slice) -> Differential:
         """That of some of the examples."""

@@ -6,7 +6,7 @@ differentiated one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,7 +77,6 @@ class WeightGraph(Differential):
         def run(part: Evaluation) -> Tensor:
             return call_with(replay, tensors, (part.batch.content,), {})
 
-        self._run: Callable[[], Tensor] = lambda: run(evaluation)
         self._ones = [run(evaluation.examples(slice(e, e + 1))) for e in range(b)]
         self.outputs = torch.cat(self._ones)
         check_outputs(self.outputs.detach(), evaluation.batch, model, evaluation.function)

@@ -24,8 +24,8 @@ from nngeo.products.tangents import CannotPush, Tangents
 class InputDifferential(Differential):
     """J by one or several inputs, their coordinates one after the other.
 
-    It is to be used inside of `frozen(model)`. The model
-    is not run before something is pulled or pushed, where the shape of its outputs is known.
+    It is to be used inside of `frozen(model)`. Where the shape of the outputs is known, the model is not run before
+    something is pulled or pushed.
     """
 
     def __init__(self, evaluation: Evaluation, places: Mapping[str, Place], budget: int):
@@ -39,7 +39,7 @@ class InputDifferential(Differential):
     def push(self, v: Tensor) -> Tensor:
         m, b, n = len(v), self.domain.b, self.domain.d
         step = max(1, self.budget // self._held()) if m > 1 else 1
-        tangents = self._tangents
+        tangents = self._tangents()  # not kept: it refers to this object, and would keep it alive
         try:
             with second_derivatives(self.evaluation.model, forward=tangents.forward):
                 parts = [tangents(self._split(part)) for part in v.expand(m, b, n).split(step)]
@@ -87,7 +87,6 @@ class InputDifferential(Differential):
         check_outputs(outputs, self.evaluation.batch, self.evaluation.model, self.evaluation.function)
         return leaves, outputs
 
-    @cached_property
     def _tangents(self) -> Tangents:
         def pulled(w: Tensor) -> list[Tensor]:
             return [g[0] for g in self._gradients(w[None])]

@@ -17,8 +17,9 @@ __all__ = ["Dense", "Diagonal", "Factor", "Identity", "LowRankPlusDiagonal", "Me
 class Diagonal(Metric):
     """diag(d), for d (b, n), or (n,) for all examples; entries may be negative.
 
-    >>> Diagonal(torch.tensor([1.0, 2.0]))
-    Diagonal(d=tensor([1., 2.]))
+    >>> from nngeo.products import jTmjp
+    >>> jTmjp(torch.nn.Identity(), torch.zeros(1, 2), Diagonal(torch.tensor([1.0, -2.0])), result="trace")
+    tensor([-1.])
     """
 
     d: Tensor
@@ -48,8 +49,10 @@ class Diagonal(Metric):
 class Dense(Metric):
     """A matrix m (b, n, n), or (n, n) for all examples. It may be indefinite, and need not be symmetric.
 
-    >>> Dense(torch.eye(2)).symmetric
-    True
+    >>> from nngeo.products import jTmjp
+    >>> jTmjp(torch.nn.Identity(), torch.zeros(1, 2), Dense(torch.tensor([[0.0, 1.0], [0.0, 0.0]])))
+    tensor([[[0., 1.],
+             [0., 0.]]])
     """
 
     m: Tensor
@@ -93,8 +96,10 @@ class Dense(Metric):
 class Factor(Metric):
     """`V V'` for v (b, n, r), or (n, r) for all examples.
 
-    >>> Factor(torch.ones(3, 1)).v.shape
-    torch.Size([3, 1])
+    >>> from nngeo.products import jTmjp
+    >>> jTmjp(torch.nn.Identity(), torch.zeros(1, 2), Factor(torch.tensor([[1.0], [2.0]])))
+    tensor([[[1., 2.],
+             [2., 4.]]])
     """
 
     v: Tensor
@@ -137,16 +142,18 @@ class Factor(Metric):
 class LowRankPlusDiagonal(Metric):
     """`V V' + diag(d)` for v (b, n, r) or (n, r), and d (b, n) or (n,).
 
-    >>> LowRankPlusDiagonal(torch.ones(3, 1), torch.ones(3)).d.shape
-    torch.Size([3])
+    >>> from nngeo.products import jTmjp
+    >>> jTmjp(torch.nn.Identity(), torch.zeros(1, 2), LowRankPlusDiagonal(torch.ones(2, 1), torch.ones(2)))
+    tensor([[[2., 1.],
+             [1., 2.]]])
     """
 
     v: Tensor
     d: Tensor
 
     def check(self, space: Space) -> None:
-        for part in self._parts():
-            part.check(space)
+        check_shape(self.v, "LowRankPlusDiagonal", "v", space, (space.d, self.v.shape[-1] if self.v.ndim else 1))
+        check_shape(self.d, "LowRankPlusDiagonal", "d", space, (space.d,))
 
     def _parts(self) -> tuple[Factor, Diagonal]:
         return Factor(self.v), Diagonal(self.d)

@@ -11,7 +11,7 @@ from torch import nn
 
 from nngeo.generators.batches import Function
 from nngeo.layers.collection import LayerCollection
-from nngeo.products.contexts import frozen
+from nngeo.products.contexts import frozen, undisturbed
 from nngeo.products.differential import BUDGET, Differential
 from nngeo.products.evaluation import Evaluation, Wrt
 from nngeo.products.graph import InputGraph, WeightGraph
@@ -52,7 +52,8 @@ def differential(
             with many_derivatives(model), torch.enable_grad():
                 yield WeightGraph(evaluation, layers, held)
         else:
-            yield WeightDifferential(evaluation, layers, held)
+            with undisturbed(next(layers.parameters(model)).device):
+                yield WeightDifferential(evaluation, layers, held)
         return
     if layer_collection is not None:
         raise ValueError(

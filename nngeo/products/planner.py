@@ -22,6 +22,7 @@ def cheapest(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
 
     "factor": every column c of V, M = V V', is pulled back, and squares or products of these rows are summed.
     "whole": A, by rows or by columns, and M applied to it. Only this one is differentiable, and serves any M.
+    "kernel": A' A by the inner products of the layers' inputs and gradients.
     """
     found = [_whole(at, metric, result, two)]
     if metric.symmetric and not at.differentiable:
@@ -34,15 +35,18 @@ def _factor(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
     squared = result in ("diag", "trace") and not two
     carried = at.squares_cost() if squared else sides * at.pull_cost()
     cost = r * carried + metric.factors_cost(at.codomain) + r * _combined(at, result)
-    return Plan("factor", cost, sides * at.domain.d)
+    return Plan("factor", cost, sides * at.held(squared))
 
 
 def _whole(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
     d, e, sides = at.codomain.d, at.domain.d, 1 + two
+    if result == "dense" and metric.is_identity and at.T.has_kernel and not at.differentiable:
+        return Plan("kernel", sides * e * at.push_cost(), sides * e * at.T.held(squared=True))
     carried = sides * min(d * at.pull_cost(), e * at.push_cost())
     cost = carried + e * metric.cost(at.codomain) + d * _combined(at, result)
-    chunked = result in ("diag", "trace") and at.by_columns
-    return Plan("whole", cost, (sides + 1) * d * (1 if chunked else e))
+    if result in ("diag", "trace") and at.by_columns:  # column after column
+        return Plan("whole", cost, (sides + 1) * at.T.held(metric.is_identity and not two))
+    return Plan("whole", cost, (sides + 1) * d * e)
 
 
 def _combined(at: Differential, result: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def _divided(pair: Pair, metric: Metric, result: str, total: bool) -> Any:
     at, other = pair
     _require_memory(at, result, total)
     plan, b = cheapest(at, metric, result, other is not at), at.domain.b
-    form = _whole if plan.way == "whole" else _summed
+    form = _FORMS[plan.way]
     step = b if at.differentiable else max(1, at.budget // max(1, plan.elements))
     if step >= b:
         return form(pair, metric, result, total)
@@ -81,8 +81,6 @@ def _whole(pair: Pair, metric: Metric, result: str, total: bool) -> Any:
         diag = torch.cat(list(_diagonal(pair, metric)), 1)
         diag = diag if result == "diag" else diag.sum(1)
         return diag.sum(0) if total else diag
-    if result == "dense" and metric.is_identity and (kernel := at.T.kernel(other.T)) is not None:
-        return kernel.sum(0) if total else kernel
     left = at.jacobian().permute(2, 0, 1)  # (e, b, d)
     right = metric.apply(left if other is at else other.jacobian().permute(2, 0, 1), at.codomain)
     if result == "diag":
@@ -97,10 +95,11 @@ def _whole(pair: Pair, metric: Metric, result: str, total: bool) -> Any:
 def _diagonal(pair: Pair, metric: Metric) -> Iterator[Tensor]:
     """(b, k), the diagonal from k columns of A after the other."""
     at, other = pair
-    e, step = at.domain.d, max(1, at.budget // (2 * at.domain.b * at.codomain.d))
-    for start in range(0, e, step):
+    squared = metric.is_identity and other is at
+    step = max(1, at.budget // (2 * at.domain.b * max(at.domain.d, at.T.held(squared))))
+    for start in range(0, at.domain.d, step):
         v = unit_vectors(at.domain, start, start + step, shared=True)
-        if metric.is_identity and other is at:
+        if squared:
             yield at.T.norms(v.expand(-1, at.domain.b, -1)).mT
             continue
         left = at.push(v)
@@ -112,23 +111,28 @@ def _products(left: Tensor, right: Tensor, total: bool) -> Tensor:
     return left.flatten(1) @ right.flatten(1).mT if total else left.transpose(0, 1) @ right.permute(1, 2, 0)
 
 
+def _kernel(pair: Pair, metric: Metric, result: str, total: bool) -> Tensor:
+    found = pair[0].T.kernel(pair[1].T)
+    return found.sum(0) if total else found
+
+
 # By the columns of a factor of the metric
 
 
 def _summed(pair: Pair, metric: Metric, result: str, total: bool) -> Any:
     found: Any = None
-    for sign, c in _chunks(pair, metric):
+    for sign, c in _chunks(pair, metric, pair[0] is pair[1] and result in ("diag", "trace")):
         term = _term(pair, c, result, total)
         term = term if sign == 1 else tree_map(lambda x: -x, term)
         found = term if found is None else tree_map(torch.add, found, term)
     return found
 
 
-def _chunks(pair: Pair, metric: Metric) -> Iterator[tuple[float, Tensor]]:
+def _chunks(pair: Pair, metric: Metric, squared: bool) -> Iterator[tuple[float, Tensor]]:
     """Signs and columns (k, b, d)."""
     at, other = pair
     sides = 1 if other is at else 2
-    step = max(1, at.budget // (sides * at.domain.b * at.domain.d))
+    step = max(1, at.budget // (sides * at.domain.b * max(at.held(squared), at.codomain.d)))
     for sign, c in metric.factors(at.codomain):
         for start in range(0, c.count, step):
             yield sign, c.chunk(start, min(start + step, c.count))
@@ -157,3 +161,6 @@ def _outer(left: Tensor, right: Tensor, total: bool) -> Tensor:
     if total:
         return left.flatten(0, 1).mT @ right.flatten(0, 1)
     return left.permute(1, 2, 0) @ right.transpose(0, 1)
+
+
+_FORMS: dict[str, Callable[[Pair, Metric, str, bool], Any]] = {"whole": _whole, "kernel": _kernel, "factor": _summed}

@@ -46,10 +46,10 @@ def jTmjp(
         x2: other arguments, for J1' M J2 example by example.
         options: see `differential`.
 
-    >>> import torch
-    >>> jTmjp(torch.nn.Tanh(), torch.zeros(1, 2), Diagonal(torch.tensor([1.0, 2.0])))
+    >>> from nngeo.products import Diagonal
+    >>> jTmjp(torch.nn.Tanh(), torch.zeros(1, 2), Diagonal(torch.tensor([1.0, 4.0])))
     tensor([[[1., 0.],
-             [0., 2.]]])
+             [0., 4.]]])
     """
     return _product(True, model, x, metric, wrt, result, method, reduce, x2, samples, generator, options)
 
@@ -76,7 +76,6 @@ def jmjTp(
     Args:
         result: also "diag" (b, o); "trace" (b,); "factor" (b, o, r), J V for M = V V'.
 
-    >>> import torch
     >>> jmjTp(torch.nn.Linear(3, 1), torch.ones(2, 3), wrt="weight")
     tensor([[[4.]],
             [[4.]]])

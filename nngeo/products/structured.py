@@ -1,4 +1,4 @@
-"""Metrics with a structure: block-diagonal, Kronecker, softmax, and the matrices over parameters."""
+"""Metrics with a structure: block-diagonal, Kronecker, the matrices over parameters; and what is taken for a metric."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from torch import Tensor
 from nngeo.products.metrics import Dense, Identity, Metric, Signed, check_shape, of_examples
 from nngeo.products.space import Space
 from nngeo.representations import PFMapDense, PMat
-from nngeo.variants import Cotangents, make_variant
+from nngeo.variants import Cotangents
 
 
 @dataclass(frozen=True)
 class BlockDiagonal(Metric):
     """A matrix (b, p, p), or (p, p), for each layer, by its name; for the inputs, by the names of the arguments.
 
-    >>> BlockDiagonal({"0": torch.eye(2)}).blocks["0"].shape
-    torch.Size([2, 2])
+    >>> from nngeo.products import jmjTp
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    >>> jmjTp(model, torch.zeros(1, 1), BlockDiagonal({"0": torch.zeros(2, 2), "1": 3 * torch.eye(2)}), "weight").shape
+    torch.Size([1, 1, 1])
     """
 
     blocks: Mapping[str, Tensor]
@@ -45,16 +47,19 @@ class BlockDiagonal(Metric):
         return torch.cat([Dense(self.blocks[n]).apply(x, space) for n, x in zip(space.sizes, parts, strict=True)], -1)
 
     def factors(self, space: Space) -> list[Signed]:
-        dense = torch.zeros(space.b, space.d, space.d).to(space.like)
+        """By an eigendecomposition of every block."""
+        found = []
         for name, place in space.slices().items():
-            dense[:, place, place] = self.blocks[name]
-        return Dense(dense).factors(space)
+            own = Space(space.what, space.b, {name: space.sizes[name]}, space.like)
+            for sign, c in Dense(self.blocks[name]).factors(own):
+                found.append(Signed(sign, _embedded(c, place, space)))
+        return found
 
     def cost(self, space: Space) -> float:
         return float(sum(size**2 for size in space.sizes.values()))
 
     def factors_cost(self, space: Space) -> float:
-        return 25.0 * space.d**3
+        return 25.0 * sum(size**3 for size in space.sizes.values())
 
     def examples(self, rows: slice) -> BlockDiagonal:
         return BlockDiagonal({name: of_examples(block, 2, rows) for name, block in self.blocks.items()})
@@ -63,12 +68,31 @@ class BlockDiagonal(Metric):
         return BlockDiagonal({name: block.mT for name, block in self.blocks.items()})
 
 
+def _embedded(c: Cotangents, place: slice, space: Space) -> Cotangents:
+    """Those of one block, zero elsewhere."""
+
+    def chunk(start: int, stop: int) -> Tensor:
+        part = c.chunk(start, stop)
+        whole = part.new_zeros(len(part), space.b, space.d)
+        whole[..., place] = part
+        return whole
+
+    def metric(v: Tensor) -> Tensor:
+        product = torch.zeros_like(v)
+        product[..., place] = c.metric(v[..., place])
+        return product
+
+    return Cotangents(c.count, chunk, metric)
+
+
 @dataclass(frozen=True)
 class Kronecker(Metric):
     """The Kronecker product of a (b, i, i) or (i, i) and b (b, j, j) or (j, j), n = i j: `M (x y') = (a x) (b y)'`.
 
-    >>> Kronecker(torch.eye(2), torch.eye(3)).rank  # doctest: +ELLIPSIS
-    <bound method ...>
+    >>> from nngeo.products import jTmjp
+    >>> jTmjp(torch.nn.Identity(), torch.zeros(1, 2), Kronecker(torch.tensor([[4.0]]), torch.eye(2)))
+    tensor([[[4., 0.],
+             [0., 4.]]])
     """
 
     a: Tensor
@@ -127,71 +151,6 @@ class Kronecker(Metric):
 
 
 @dataclass(frozen=True)
-class Softmax(Metric):
-    """diag(p) - p p' at every position, for p = softmax(logits) along the axis `dim` of logits (b, ...).
-
-    It is the Fisher metric of class probabilities, never formed. The logits have the shape of the outputs.
-
-    >>> from nngeo.products.space import Space
-    >>> logits = torch.zeros(1, 2)
-    >>> Softmax(logits).apply(torch.tensor([[[1.0, 0.0]]]), Space("outputs", 1, {"": 2}, logits))
-    tensor([[[ 0.2500, -0.2500]]])
-    """
-
-    logits: Tensor
-    dim: int = -1
-
-    def check(self, space: Space) -> None:
-        space.check_kind(self.logits, "Softmax.logits")
-        shape = self.logits.shape
-        if not shape or len(shape) < 2 or shape[0] != space.b or shape[1:].numel() != space.d:
-            raise ValueError(
-                f"The metric Softmax has logits of shape {tuple(shape)}; for the {space.what} they should have "
-                f"{space.b} examples with {space.d} entries each."
-            )
-
-    def apply(self, v: Tensor, space: Space) -> Tensor:
-        p = self._rows(self.logits).softmax(-1)
-        x = self._rows(v.reshape(len(v), *self.logits.shape), lead=1)
-        # The metric ignores constants: without the one at the likeliest class nothing cancels when p is almost one.
-        x = x - x.gather(-1, p.argmax(-1, keepdim=True).expand(*x.shape[:-1], 1))
-        product = p * (x - (p * x).sum(-1, keepdim=True))
-        return product.movedim(-1, self._axis + 1).reshape(v.shape)
-
-    @property
-    def _axis(self) -> int:
-        return self.dim % self.logits.ndim
-
-    def _rows(self, x: Tensor, lead: int = 0) -> Tensor:
-        return x.movedim(self._axis + lead, -1)
-
-    def factors(self, space: Space) -> list[Signed]:
-        """C - 1 cotangents for each position (Tanabe & Sagae, 1992)."""
-        rows = self._rows(self.logits.detach())
-        if rows.shape[-1] < 2:
-            return [Signed(1.0, Cotangents.from_tensor(rows.new_zeros(1, space.b, space.d)))]
-        c = make_variant("token_logits", ignore_index=None).exact(rows)
-
-        def chunk(start: int, stop: int) -> Tensor:
-            return c.chunk(start, stop).movedim(-1, self._axis + 1).flatten(2)
-
-        return [Signed(1.0, Cotangents(c.count, chunk, lambda v: self.apply(v[None], space)[0]))]
-
-    def signed(self, signs: Tensor, space: Space) -> Tensor | None:
-        """By the root `(I - p 1') diag(sqrt p)`."""
-        p = self._rows(self.logits).softmax(-1)
-        x = p.sqrt() * self._rows(signs.reshape(len(signs), *self.logits.shape), lead=1)
-        return (x - p * x.sum(-1, keepdim=True)).movedim(-1, self._axis + 1).reshape(signs.shape)
-
-    def rank(self, space: Space) -> int:
-        classes = self.logits.shape[self._axis]
-        return max(1, space.d // classes * (classes - 1))
-
-    def examples(self, rows: slice) -> Softmax:
-        return Softmax(self.logits[rows], self._axis)
-
-
-@dataclass(frozen=True)
 class OfParameters(Metric):
     """Any PMat: the covariance of the weights, say."""
 
@@ -205,9 +164,8 @@ class OfParameters(Metric):
             )
 
     def apply(self, v: Tensor, space: Space) -> Tensor:
-        if space.layers == self.matrix.layer_collection:
+        if space.layers is None or space.layers == self.matrix.layer_collection:
             return self.matrix.mv(v)
-        assert space.layers is not None
         return self.matrix.mv(PFMapDense(space.layers, data=v)).data
 
     def cost(self, space: Space) -> float:

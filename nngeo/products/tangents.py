@@ -49,9 +49,9 @@ class Tangents:
         Raises:
             CannotPush: the model has no derivative that could do it.
         """
-        if self.facts.way is None:
-            self.facts.way = next((way for way in _WAYS if self._agrees(way)), "none")
-        if self.facts.way == "none":
+        if self._random is not None and self.facts.way is None:
+            self.facts.way = next((way for way in _WAYS if self._agrees(way, *self._random)), "none")
+        if self.facts.way is None or self.facts.way == "none":
             raise CannotPush
         return _WAYS[self.facts.way](self, tangents)
 
@@ -96,10 +96,8 @@ class Tangents:
         found: Any = jvp(self.run, tuple(self.leaves), tangents)
         return found[1]
 
-    def _agrees(self, way: str) -> bool:
+    def _agrees(self, way: str, w: Tensor, v: list[Tensor], inner: Tensor) -> bool:
         """Whether derivatives along random tangents agree with the gradients."""
-        assert self._random is not None
-        w, v, inner = self._random
         try:
             found = (_WAYS[way](self, v) * w).double().flatten(1)
         except (RuntimeError, NotImplementedError, ValueError, IndexError):

@@ -71,15 +71,16 @@ class WeightDifferential(Differential):
         chunks = [[byexample.norms(r) for r in records.layers.values()] for records in self._records(w)]
         return torch.cat([torch.stack(parts).sum(0) for parts in chunks]).to(self.outputs.dtype)
 
-    def kernel(self, other: Differential) -> Tensor | None:
-        if not isinstance(other, WeightDifferential):
-            return None
-        left, right = self._all_records(), None if other is self else other._all_records()
-        if left is None or (right is None and other is not self):
-            return None  # the rows of J, for fewer examples at a time
-        right = right or left
+    has_kernel = True
+
+    def kernel(self, other: Differential) -> Tensor:
+        left = self._all_records()
+        right = other._all_records() if isinstance(other, WeightDifferential) and other is not self else left
         kernels = [byexample.kernel(left.layers[name], right.layers[name]) for name in self.layers]
         return torch.stack(kernels).sum(0).to(self.outputs.dtype)
+
+    def held(self, squared: bool = False) -> int:
+        return 1 + self.recording.elements() // self.domain.b if squared else self.domain.d
 
     def examples(self, rows: slice) -> WeightDifferential:
         return WeightDifferential(self.evaluation.examples(rows), self.layers, self.budget)
@@ -109,15 +110,13 @@ class WeightDifferential(Differential):
 
     def _records(self, w: Tensor) -> Iterator[BatchRecord]:
         """Of w (k, b, o), in chunks whose gradients at the layers' outputs fit the budget."""
-        c = w.reshape(len(w), *self.outputs.shape)
-        for part in c.split(max(1, self.budget // max(1, self.recording.elements()))):
-            yield self.recording.records(part, retain=True)
+        for part in w.split(max(1, self.budget // max(1, self.recording.elements()))):
+            yield self.recording.records(part.reshape(-1, *self.outputs.shape), retain=True)
 
-    def _all_records(self) -> BatchRecord | None:
-        """Of all outputs at once, where they fit the budget."""
-        if self.codomain.d * self.recording.elements() > self.budget:
-            return None
-        return next(self._records(unit_vectors(self.codomain, 0, self.codomain.d)))
+    def _all_records(self) -> BatchRecord:
+        """Of all outputs at once."""
+        c = unit_vectors(self.codomain, 0, self.codomain.d)
+        return self.recording.records(c.reshape(-1, *self.outputs.shape), retain=True)
 
     def _push_shared(self, v: Tensor) -> Tensor:
         """J v (m, b, o) for v (m, P)."""
