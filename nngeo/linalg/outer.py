@@ -21,7 +21,7 @@ Sharing = Literal["expand", "reduce"]
 BUDGET = 2**24
 
 # Elements of a temporary that is read again at once, which should not leave the processor's cache.
-CACHED = 2**18
+CACHED = 2**20
 
 
 class OuterProducts:
@@ -74,9 +74,13 @@ class OuterProducts:
             return inner(self.g[..., 0, :].square().sum(1).mT, a[..., 0, :].square().mT)
         total = a.new_zeros(n, o, self.i)
         step = max(1, CACHED // max(1, n * k * o * self.i))
+        height = max(1, CACHED // max(1, n * k * self.i))
         for start in range(0, b, step):
-            rows = slice(start, start + step)
-            total += self._products(a[:, rows], self.g[:, :, rows]).square_().sum((1, 2))
+            examples = slice(start, start + step)
+            part, g = a[:, examples], self.g[:, :, examples]
+            for row in range(0, o, height):
+                rows = slice(row, row + height)
+                total[:, rows] += self._products(part, g[..., rows]).square_().sum((1, 2))
         return total
 
     @staticmethod
