@@ -141,18 +141,21 @@ class LayerCollection:
 
     def get_layerid_module_map(self, model: nn.Module) -> dict[str, nn.Module]:
         """{layer name: module}, with a check that the model has these layers in these shapes."""
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules: dict[str, nn.Module] = {}
         for name, layer in self.layers.items():
-            own = dict(modules[name].named_parameters()) if name in modules else {}
+            module = _submodule(model, name)
             for local, shape in layer.shapes.items():
-                if local not in own or own[local].shape != shape:
-                    found = f"shape {tuple(own[local].shape)}" if local in own else "none"
+                own = _parameter(module, local)
+                if own is None or own.shape != shape:
+                    found = "none" if own is None else f"shape {tuple(own.shape)}"
                     raise ValueError(
                         f"This LayerCollection is of another model: parameter {layer.full_name(local)!r} should have "
                         f"shape {tuple(shape)}; {type(model).__name__} has {found}. "
                         "Make one with LayerCollection.from_model(model)."
                     )
-        return {name: modules[name] for name in self.layers}
+            if module is not None:
+                modules[name] = module
+        return modules
 
     def covers(self, other: LayerCollection) -> bool:
         """Whether every layer of the other is here, with the same shapes."""
@@ -233,3 +236,16 @@ def _choose(owners: list[tuple[nn.Module, Layer]], layers: object) -> list[Layer
 
 def _listed(owners: list[tuple[nn.Module, Layer]]) -> str:
     return ", ".join(f"{layer.name!r} ({layer.kind})" for _, layer in owners)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        found = found._modules.get(part) if found is not None else None
+    return found
+
+
+def _parameter(module: nn.Module | None, name: str) -> nn.Parameter | None:
+    path, _, local = name.rpartition(".")
+    owner = _submodule(module, path) if module is not None else None
+    return owner._parameters.get(local) if owner is not None else None

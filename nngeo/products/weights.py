@@ -42,8 +42,13 @@ class WeightDifferential(Differential):
         self.domain, self.codomain = weights_space(layers, self.outputs), outputs_space(self.outputs)
 
     def pull(self, w: Tensor) -> Tensor:
-        rows = [torch.cat([r.jacobian() for r in records.layers.values()], -1) for records in self._records(w)]
-        return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(self.outputs.dtype)
+        out, k = self.outputs.new_empty(len(w), self.domain.b, self.domain.d), 0
+        for records in self._records(w):
+            count = next(iter(records.layers.values())).n_cotangents
+            for name, part in self.layers.split(out[k : k + count]).items():
+                records.layers[name].write(part)
+            k += count
+        return out
 
     def push(self, v: Tensor) -> Tensor:
         """Where examples have vectors of their own: by rows, or for one example after the other, whichever is less."""
