@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 import nngeo
 from nngeo import Jacobian
+from nngeo.generators.batches import Batch
+from nngeo.generators.plans import Planner
 from tests import networks, reference
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
@@ -156,3 +158,17 @@ def test_the_mask_of_an_encoder_is_not_that_of_the_decoder():
     found = nngeo.FIM(model, batch, nngeo.PMatDiag, "token_logits", layer_collection=layers)
     everywhere = {"layer_collection": layers, "mask": lambda batch: torch.ones(3, 4)}
     assert_close(found.trace(), nngeo.FIM(model, batch, nngeo.PMatDiag, "token_logits", **everywhere).trace())
+
+
+@pytest.mark.parametrize("depth", [20, 32])
+def test_layers_whose_gradients_vanish_beside_others_are_settled(depth):
+    """With default parameters each layer divides gradients by about two: the first layers' are beyond rounding."""
+    torch.manual_seed(1)
+    hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    model, batch = nn.Sequential(*hidden, nn.Linear(64, 3)), (torch.randn(8, 64), torch.arange(8) % 3)
+    layers = nngeo.LayerCollection.from_model(model)
+    assert Planner(model, None, layers, check=True).record(Batch(batch)).plan.undetermined == set()
+    found = Jacobian(model, [batch]).to_torch()[..., :64].double()
+    expected = reference.jacobian(model.double(), (batch[0].double(), batch[1]))[..., :64]
+    assert 0 < expected.norm() < 1e-5
+    assert (found - expected).norm() < 1e-4 * expected.norm()

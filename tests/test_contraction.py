@@ -70,6 +70,16 @@ def test_add_inner_adds_in_place(contracted):
     close(add_inner(torch.ones(1, 140, 140, dtype=torch.float64), x[None], x[None])[0] - 1, x, x)
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (2,)], ids=ids)
+def test_adding_to_a_symmetric_sum_takes_the_symmetric_product(lead, monkeypatch):
+    def unwanted(x: Tensor, y: Tensor) -> Tensor:
+        raise AssertionError("both halves are multiplied")
+
+    monkeypatch.setattr(contraction, "inner", unwanted)
+    x = randn(*lead, 140, 500)
+    close(add_inner(torch.ones(*lead, 140, 140, dtype=torch.float64), x, x) - 1, x, x)
+
+
 def test_a_gradient_passes_where_it_is_asked_for():
     x = randn(300, 200, dtype=torch.float32).requires_grad_()
     moment(x).sum().backward()

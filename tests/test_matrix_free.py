@@ -757,3 +757,13 @@ def test_what_is_not_defined_says_what_to_use(name):
     error, message, call = REFUSED[name]
     with pytest.raises(error, match=message):
         call(matrix("fisher", "linear"))
+
+
+@pytest.mark.parametrize("rows", [(), (2,)], ids=["one vector", "two vectors"])
+def test_products_with_vectors_made_in_inference_mode_are_the_same(rows):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    matrix = nngeo.FIM(model, torch.randn(5, 3, dtype=torch.float64), PMatImplicit)
+    v = torch.randn(*rows, 26, dtype=torch.float64)
+    with torch.inference_mode():
+        found = matrix.mv(v.clone())
+    exact(found.clone(), matrix.mv(v))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset
 
 from nngeo.generators import HessianGenerator, JacobianGenerator
 from nngeo.layers.collection import LayerCollection
@@ -469,6 +470,40 @@ def test_no_examples_are_an_error(name):
     with pytest.raises(ValueError, match="(?i)example|batch"):
         at = problem("mlp")
         BUILDERS[name](at.layers, Problem(at.model, at.layers, [], at.generator, at.jacobian, at.fisher))
+
+
+@pytest.mark.parametrize("shapes", [[(2, 2), (2, 2), (1, 2), (1, 3)], [(1, 3), (1, 2), (5, 1), (1, 5)]], ids=str)
+def test_rows_of_unequal_mini_batches_find_room_as_they_come(shapes):
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)).double()
+    batches = [(torch.randint(5, shape), torch.randint(2, shape)) for shape in shapes]
+    generator, layers = JacobianGenerator(model, Exact(make_variant("token_logits"))), LayerCollection.from_model(model)
+    found = PMatLowRank(layers, generator, examples=iter(batches))  # which does not tell how many there are
+    close(found.to_torch(), PMatDense(layers, generator, examples=batches).to_torch())
+
+
+class Endless(Dataset):
+    def __len__(self) -> int:
+        return 10**15
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.full((4,), float(index), dtype=torch.float64)
+
+
+DRAWN = [0, 10**14, 2, 2, 5]
+LOADERS = {
+    "sampler": lambda: DataLoader(Endless(), batch_size=2, sampler=DRAWN),
+    "batch sampler": lambda: DataLoader(Endless(), batch_sampler=[DRAWN[:3], DRAWN[3:]]),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", [PMatLowRank, PFMapDense])
+def test_few_examples_of_a_large_dataset_take_little_memory(kind, loader):
+    model = nn.Linear(4, 3).double()
+    generator, layers = JacobianGenerator(model, Exact(make_variant("regression"))), LayerCollection.from_model(model)
+    drawn = torch.stack([Endless()[index] for index in DRAWN])
+    found, expected = (kind(layers, generator, examples=x).to_torch() for x in (LOADERS[loader](), drawn))
+    close(found, expected)
 
 
 @pytest.mark.parametrize("kind", [PMatDense, PMatBlockDiag, PMatLowRank, PFMapDense, FMatDense])

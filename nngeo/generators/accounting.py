@@ -69,6 +69,7 @@ class Accounting:
                 truths.append(Truth.of(self.model, self.function, self.layers, self.examples.few))
                 self._settle(plan, choices, truths[1])
         unseen = {name for name in self.layers if not any(truth.determines(name) for truth in truths)}
+        unseen = self._without_precise(plan, unseen, truths[0])
         plan.undetermined = unseen if self.before is None else unseen & self.before.undetermined
         plan.rounding = max(truth.rounding for truth in truths)
         return plan
@@ -197,6 +198,16 @@ class Accounting:
         grads: dict = recording.pull(truth.cotangents, retain=False)
         shared: Shared = {}
         return [name for name in pending if not self._agrees(recording, name, grads, shared, truth)]
+
+    def _without_precise(self, plan: Plan, names: set[str], truth: Truth) -> set[str]:
+        """Without the layers whose gradients are small beside others', as in deep networks, but agree in all digits."""
+        if not names:
+            return names
+        recording = Recording(self.model, self.function, self.layers, plan, self.examples.few)
+        grads, shared = recording.pull(truth.cotangents, retain=False), Shared()
+        return {
+            n for n in names if not truth.agrees_precisely(n, recording.record_of(n, grads, truth.cotangents, shared))
+        }
 
     def _agrees(self, recording: Recording, name: str, grads: dict, shared: Shared, truth: Truth) -> bool:
         try:

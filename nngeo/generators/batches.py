@@ -171,9 +171,11 @@ class Examples:
             return Batch.of(self.source).size
         if type(self.source) in (list, tuple):
             return sum(Batch.of(content).size for content in self.source)
-        dataset = getattr(self.source, "dataset", None)
+        batches = getattr(self.source, "batch_sampler", None)
+        # A sampler may draw few of the examples of a dataset.
+        drawn = getattr(self.source, "dataset", None) if batches is None else getattr(batches, "sampler", None)
         try:
-            return len(dataset)  # type: ignore[arg-type]
+            return len(drawn)  # type: ignore[arg-type]
         except TypeError:
             return None
 

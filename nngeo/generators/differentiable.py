@@ -52,7 +52,8 @@ class Setting:
         if self._tangents is None or self._tangents[0] is not v:
             # Dual numbers copy a tangent that has not the memory of its own which its parameter has.
             parts = zip(split_by_parameter(self.layers, v), self.parameters.values(), strict=True)
-            self._tangents = v, [torch.empty_like(p, requires_grad=False).copy_(part[0]) for part, p in parts]
+            with torch.inference_mode(False), torch.no_grad():
+                self._tangents = v, [torch.empty_like(p, requires_grad=False).copy_(part[0]) for part, p in parts]
         return self._tangents[1]
 
 

@@ -146,8 +146,8 @@ class JacobianGenerator(Generator):
         size = layer_collection.numel()
         total, n = torch.zeros(size, size, dtype=self.dtype, device=self.device), 0
         for batch in self.records(examples, layer_collection):
-            rows = torch.cat([record.jacobian() for record in batch.layers.values()], -1).flatten(0, 1)
-            add_inner(total, rows.mT, rows.mT)
+            rows = torch.cat([record.jacobian() for record in batch.layers.values()], -1).flatten(0, 1).mT
+            add_inner(total, rows, rows)
             n += batch.n_examples if batch.first else 0
         return total.div_(n), n
 

@@ -56,10 +56,12 @@ class Planner:
                 recording = Recording(self.model, self.function, self.layers, plan, batch, self._before)
                 if plan.routed:
                     check_rows(recording)
-                front = recording.reaching(plan.undetermined, plan.rounding)
+                front, reached = recording.reaching(plan.undetermined, plan.rounding)
                 if not front:
                     return recording
                 plan = self._account(batch, front=front, banned=banned, before=plan)
+                # They have been compared on examples that reach them, and what can be told by rounding was.
+                plan.undetermined -= reached
             except LayoutChanged as change:
                 if plan.shapes == batch.shapes():
                     banned.add(change.host)

@@ -47,6 +47,7 @@ class Pulled:
         """Gradients (m, *shape) by every parameter for the rows from `start`."""
         if self._rows == 1:
             before = self._parts
+            grads = [None if g is None else g.to(self._like) for g in grads]  # no sums in half precision
             self._parts = added(before, grads, self._own)
             self._own = before is not None and all(x is not y for x, y in zip(self._parts, grads, strict=True))
             return
@@ -66,7 +67,7 @@ class Pulled:
         flat = [
             zeros(size) if g is None else g.reshape(size) for g, size in zip(self._parts, self._sizes(), strict=True)
         ]
-        return torch.cat(flat)[None].to(self._like)
+        return torch.cat(flat)[None]
 
     def _sizes(self) -> list[int]:
         return [size for layer in self._layers.layers.values() for size in layer.sizes()]

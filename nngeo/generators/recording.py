@@ -146,26 +146,35 @@ class Recording:
         parts = self._parts(layer, source, grads, c, shared) or self._nothing(layer, source, len(c), like)
         return LayerRecord(layer, parts, self.batch.size, len(c), first, like)
 
-    def reaching(self, names: Collection[str], rounding: float) -> list[int]:
-        """Up to two examples on which the outputs have gradients by some of these layers; none in most batches."""
-        layers = LayerCollection(self.layers[name] for name in names)
-        parameters = [p for p in layers.parameters(self.model) if p.requires_grad]
-        noise = random_like(self.outputs)
-        if not parameters or not self.outputs.requires_grad or not self._reaches(parameters, noise, rounding):
-            return []
-        found: list[int] = []
+    def reaching(self, names: Collection[str], rounding: float) -> tuple[list[int], set[str]]:
+        """Up to two examples on which the outputs have gradients by some of these layers, and these layers.
+
+        None in most batches.
+        """
+        noise, found, reached = random_like(self.outputs), list[int](), set[str]()
+        if not names or not self.outputs.requires_grad or not self._reached(names, noise, rounding):
+            return found, reached
         for e in range(self.batch.size):
             alone = torch.zeros_like(noise)
             alone[e] = noise[e]
-            if self._reaches(parameters, alone, rounding):
+            if by_it := self._reached(names, alone, rounding):
                 found.append(e)
+                reached |= by_it
             if len(found) == 2:
                 break
-        return found
+        return found, reached
 
-    def _reaches(self, parameters: list[nn.Parameter], c: Tensor, rounding: float) -> bool:
-        grads = torch.autograd.grad(self.outputs, parameters, c, retain_graph=True, allow_unused=True)
-        return any(g is not None and bool(g.norm() > rounding) for g in grads)
+    def _reached(self, names: Collection[str], c: Tensor, rounding: float) -> set[str]:
+        layers = LayerCollection(self.layers[name] for name in names)
+        by_layer = [
+            (name, list(LayerCollection([layer]).parameters(self.model))) for name, layer in layers.layers.items()
+        ]
+        wanted = [(name, p) for name, parameters in by_layer for p in parameters if p.requires_grad]
+        if not wanted:
+            return set()
+        grads = torch.autograd.grad(self.outputs, [p for _, p in wanted], c, retain_graph=True, allow_unused=True)
+        pairs = zip(wanted, grads, strict=True)
+        return {name for (name, _), g in pairs if g is not None and bool(g.norm() > rounding)}
 
     def _parts(self, layer: Layer, source: Source, grads: dict, c: Tensor, shared: Shared) -> list[Gradients]:
         if not source.hosts:

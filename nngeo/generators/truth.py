@@ -62,10 +62,15 @@ class Truth:
         """Whether the first or the second example reaches the layer: else all sources look right."""
         return bool(self.gradients[name][:2].norm() > self.rounding)
 
-    def agrees(self, name: str, record: LayerRecord) -> bool:
+    def agrees_precisely(self, name: str, record: LayerRecord) -> bool:
+        """Whether a layer's gradients are these, and not zero, beside their own size: not by rounding, then."""
+        return bool(self.gradients[name][:2].norm() > 0) and self.agrees(name, record, rounding=0.0)
+
+    def agrees(self, name: str, record: LayerRecord, rounding: float | None = None) -> bool:
         """Whether a layer's gradients are these, up to rounding; the errors that are sought are of order one."""
         own = self.gradients[name].to(record.like)
-        tolerance = min(10 * torch.finfo(self.outputs.dtype).eps ** 0.5, 0.1) * float(own.norm()) + self.rounding
+        rounding = self.rounding if rounding is None else rounding
+        tolerance = min(10 * torch.finfo(self.outputs.dtype).eps ** 0.5, 0.1) * float(own.norm()) + rounding
         total = -own[2]
         for e in range(record.n_examples):
             total += record.one(2, e)

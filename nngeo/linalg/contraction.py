@@ -51,7 +51,8 @@ def add_inner(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if x.ndim == 2 and x.shape[-1] <= BLOCK:
         return total.addmm_(x, y.mT)
     if x.ndim == 3 and len(x) == 1:
-        add_inner(total[0], x[0], y[0])
+        first = x[0]
+        add_inner(total[0], first, first if x is y else y[0])
         return total
     return total.add_(moment(x) if x is y else inner(x, y))
 

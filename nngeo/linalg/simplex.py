@@ -12,6 +12,8 @@ def project_onto_simplex(x: Tensor) -> Tensor:
     >>> project_onto_simplex(torch.tensor([1.0, 0.5, -3.0]))
     tensor([0.7500, 0.2500, 0.0000])
     """
+    # With a maximum of 0 the 1 below is not lost in the rounding of large x.
+    x = x - x.amax(-1, keepdim=True)
     descending = x.sort(dim=-1, descending=True).values
     counts = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     shifts = (descending.cumsum(-1) - 1) / counts

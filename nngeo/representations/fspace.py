@@ -26,19 +26,18 @@ if TYPE_CHECKING:
 class FMatDense(Estimate):
     """`J J'` as `data` (k, n, l, m), between outputs k of examples n and outputs l of examples m; no division by n.
 
-        Square, unless `examples2` are given. The examples are read once, and the records of all mini-batches are kept.
+    Square, unless `examples2` are given. The examples are read once, and the records of all mini-batches are kept.
 
-        Args:
-            examples: those of the rows.
-            examples2: those of the columns, for a kernel between two sets of examples.
+    Args:
+        examples: those of the rows.
+        examples2: those of the columns, for a kernel between two sets of examples.
 
-        >>> import torch
-        >>> from nngeo.generators.gram import gram_tiles
-    from nngeo.layers.collection import LayerCollection
-        >>> K = FMatDense(LayerCollection(), data=torch.eye(4).reshape(2, 2, 2, 2))
-        >>> K.trace(), K.mv(FVector(torch.ones(2, 2))).to_torch()
-        (tensor(4.), tensor([[1., 1.],
-                [1., 1.]]))
+    >>> import torch
+    >>> from nngeo.layers.collection import LayerCollection
+    >>> K = FMatDense(LayerCollection(), data=torch.eye(4).reshape(2, 2, 2, 2))
+    >>> K.trace(), K.mv(FVector(torch.ones(2, 2))).to_torch()
+    (tensor(4.), tensor([[1., 1.],
+            [1., 1.]]))
     """
 
     data: Tensor

@@ -72,8 +72,8 @@ class _Rows:
             return old
         like = next(iter(batch.layers.values())).like
         before = (0, 0) if old is None else old.shape[:2]
-        k, n = max(before[0], batch.count), max(self._expected, self._n)
-        n = max(n, 2 * before[1]) if old is not None and self._n > before[1] else n
+        k = max(before[0], batch.count)
+        n = max(self._expected, self._n, 2 * before[1] if self._n > before[1] else before[1])
         shape = (k, n, self._layers.numel())
         what, instead = f"{self._name} of {n} examples", "Use PFMapImplicit, or PMatImplicit, or fewer examples."
         require_memory(what, k * n * shape[2], like.dtype, like.device, instead)
