@@ -92,6 +92,8 @@ TRACKING = nn.InstanceNorm1d(3, track_running_stats=True)
 MODELS = {
     "batch norm": (ValueError, "'1' (BatchNorm1d)|train mode|model.eval()", lambda: net(nn.BatchNorm1d(3)).train()),
     "a mean": (ValueError, "examples|influence each other", lambda: net(lambda x: x - x.mean(0))),
+    "a running sum": (ValueError, "examples|influence each other", lambda: net(lambda x: x.cumsum(0))),
+    "a reference": (ValueError, "examples|influence each other", lambda: net(lambda x: x - x[:1])),
     "its own statistics": (ValueError, "'1' (BatchNorm1d)", lambda: net(nn.BatchNorm1d(3, track_running_stats=False))),
     "dropout": (ValueError, "'1' (Dropout)|train mode|random|model.eval()", lambda: net(nn.Dropout()).train()),
     "instance norm": (ValueError, "'1' (Instance|updates its|model.eval()", lambda: net(TRACKING).train()),

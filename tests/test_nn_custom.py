@@ -270,6 +270,26 @@ def test_derivatives_of_products_go_through_it():
     check(torch.autograd.grad(trace, x)[0], 36 * x.detach() ** 3)
 
 
+def test_derivatives_of_products_reach_its_parameters():
+    class Scale(nnj.AbstractJacobian, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.arange(1.0, 4.0, dtype=torch.float64))
+
+        def forward(self, x):
+            return x * self.w
+
+        def jacobian(self, x, val, wrt="input"):
+            return torch.diag_embed(self.w.expand_as(x) if wrt == "input" else x)
+
+    model, x = seeded(lambda: nnj.Sequential(nnj.Linear(3, 3), Scale())), randn(B, 3)
+    total = model.vjp(x, None, torch.ones(B, 3, dtype=torch.float64), create_graph=True).sum()
+    found = torch.autograd.grad(total, [model[1].w, model[0].weight], allow_unused=True)
+    # vjp by inputs is W' w, whose sum over examples and inputs has these derivatives.
+    check(found[0], B * model[0].weight.detach().sum(1))
+    check(found[1], B * model[1].w.detach()[:, None].expand(3, 3))
+
+
 def test_a_property_n_params_counts_what_there_is():
     model = Square(3, 2)
     assert model._n_params == 6

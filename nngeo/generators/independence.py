@@ -61,14 +61,23 @@ def check_independence(model: nn.Module, function: Function | None, examples: Fi
         )
     for batch, outputs in ((examples.one, one), (examples.few, few)):
         check_outputs(outputs, batch, model, function)
-    apart, together = one[0].detach(), few[0].detach()
-    tolerance = min(10 * torch.finfo(few.dtype).eps ** 0.5, 0.1)
-    if apart.shape != together.shape or (apart - together).norm() > tolerance * together.norm() + tolerance**2:
-        raise ValueError(
-            "The examples of a batch influence each other: the outputs of the first one are others when it is alone "
-            "(normalization over the batch?), so gradients of single examples are not defined."
-        )
+    # The last one, too: the first may be the one that all others depend on (a cumulative sum, a reference).
+    end = examples.few.examples(torch.tensor([examples.few.size - 1], device="cpu"))
+    last = _run_alone(model, function, examples.whole, end)
+    for name, alone, together in (("first", one, few[:1]), ("last", last, few[-1:])):
+        if not _is_close(alone.detach(), together.detach()):
+            raise ValueError(
+                f"The examples of a batch influence each other: the outputs of the {name} one are others when it is "
+                "alone (normalization over the batch?), so gradients of single examples are not defined."
+            )
     return few
+
+
+def _is_close(apart: Tensor, together: Tensor) -> bool:
+    tolerance = min(10 * torch.finfo(together.dtype).eps ** 0.5, 0.1)
+    return apart.shape == together.shape and bool(
+        (apart - together).norm() <= tolerance * together.norm() + tolerance**2
+    )
 
 
 def check_repeatable(model: nn.Module, function: Function | None, batch: Batch) -> None:

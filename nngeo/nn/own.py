@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -115,16 +115,20 @@ class _Own:
                 j = index[id(p)]
                 # The parameter itself where it can be, because `jacobian` may ask for products of a child.
                 own[name] = self.parameters[j][0] if _same(tensors[j], self.parameters[j][0]) else tensors[j]
-            for p, flag in self.parameters:
-                p.requires_grad_(flag)
+            _set_flags(self.parameters)
             module.__class__ = self.kind
             yield
         finally:
             module.__class__ = kind
             for own, name, p in places:
                 own[name] = p
-            for (p, _), flag in zip(self.parameters, flags, strict=True):
-                p.requires_grad_(flag)
+            _set_flags((p, flag) for (p, _), flag in zip(self.parameters, flags, strict=True))
+
+
+def _set_flags(parameters: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    for p, flag in parameters:
+        if p.requires_grad != flag:  # torch.func allows no call that changes nothing, either
+            p.requires_grad_(flag)
 
 
 class _Value(Function):
