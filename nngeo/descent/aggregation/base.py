@@ -143,7 +143,7 @@ class ComposedAggregator(Aggregator, Stateful):
         return f"{self.aggregator!r} << {_name(self.fn)}"
 
 
-class WeightedAggregator(Aggregator):
+class WeightedAggregator(Aggregator, Stateful):
     """`weighting(J) @ J`.
 
     `class X(WeightedAggregator, of=XWeighting)` is all that an aggregator needs whose weighting exists: X is
@@ -165,7 +165,7 @@ class WeightedAggregator(Aggregator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        make = self.weighting_type or _the_weighting
+        make = self.weighting_type or the_weighting
         self._take(make(*args, **kwargs))
 
     def _take(self, weighting: Weighting) -> None:
@@ -220,7 +220,8 @@ def check_matrix(matrix: Tensor) -> None:
     check_finite("matrix", matrix)
 
 
-def _the_weighting(weighting: Weighting) -> Weighting:
+def the_weighting(weighting: Weighting) -> Weighting:
+    """The argument, which has to be a Weighting."""
     if not isinstance(weighting, Weighting):
         raise TypeError(f"weighting should be a Weighting, found {type(weighting).__name__}.")
     return weighting

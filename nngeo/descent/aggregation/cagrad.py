@@ -50,16 +50,28 @@ class CAGradWeighting(GramianWeighting):
 
 def _reach(g: Tensor, b: Tensor, radius: Tensor) -> Tensor:
     """The p >= 0 (m,) of length `|J'p| = radius` for the largest t with `g p + b >= t`, complementary to p."""
-    t = (b + radius * g.diagonal().sqrt()).amin()  # farther than the radius, for the row of the minimum
+    low = b.amin()  # p is zero
+    high = t = (b + radius * g.diagonal().sqrt()).amin()  # farther than the radius, for the row of the minimum
+    far = torch.zeros_like(b)
     for _ in range(100):
-        p = complementary_solutions(g, (b - t)[None])[0][0]
-        length = (p @ g @ p).sqrt()
-        # From above a convex function, Newton's steps come down to its root and never beyond.
-        step = (length - radius) * length / p.sum()
-        t = t - step
-        if length <= (1 + 1e-13) * radius:
+        solutions, solved = complementary_solutions(g, (b - t)[None])
+        p = solutions[0]
+        length = (p @ g @ p).clamp(min=0).sqrt()  # a Gramian in single precision can be indefinite
+        if solved and (length - radius).abs() <= 1e-13 * radius:
+            return p
+        if solved and length < radius:
+            low = t
+        else:
+            high, far = t, p
+        # The length is convex in t: from above, Newton's steps come down to the root and never beyond, but for
+        # rounding. Near Pareto-stationary points p is large and rounding is all there is: then halves.
+        t = t - (length - radius) * length / p.sum()
+        if not solved or not low < t < high:
+            t = (low + high) / 2
+        if high - low <= 1e-14 * radius:
             break
-    return p
+    shortest = (RIDGE * far.sum()).clamp(min=torch.finfo(g.dtype).tiny)
+    return far * (radius / (far @ g @ far).clamp(min=0).sqrt().maximum(shortest))
 
 
 class CAGrad(GramianWeightedAggregator, of=CAGradWeighting):

@@ -27,11 +27,15 @@ class ConFIGWeighting(GramianWeighting):
         lengths = gramian.diagonal().sqrt()
         inverse = torch.where(lengths > 0, 1 / lengths, 0)
         units = gramian * inverse * inverse[:, None]
-        v = torch.linalg.pinv(units, hermitian=True) @ u
-        squared_norm = v @ units @ v
-        # The weights of d are v / |U'v|, and its length has another |U'v|. Without a direction both are zero.
-        none = squared_norm <= len(v) * torch.finfo(v.dtype).eps * v.square().sum()
-        return torch.where(none, 0, (lengths @ units @ v) / squared_norm * v * inverse)
+        eigenvalues, vectors = torch.linalg.eigh(units)
+        coordinates = u @ vectors
+        # A coordinate of u that is zero to rounding has no direction: opposite gradients would give one of noise.
+        rounding = len(u) * torch.finfo(u.dtype).eps
+        kept = (eigenvalues > rounding * eigenvalues[-1]) & (coordinates.abs() > 4 * rounding * u.norm())
+        solution = torch.where(kept, coordinates / eigenvalues, 0)
+        v, squared_norm = vectors @ solution, solution @ coordinates
+        # The weights of d are v / |U'v|, and its length has another |U'v|.
+        return torch.where(squared_norm > 0, (lengths @ units @ v) / squared_norm * v * inverse, 0)
 
 
 class ConFIG(GramianWeightedAggregator, of=ConFIGWeighting):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nngeo.descent.aggregation.base import GramianWeightedAggregator, Weighting
+from nngeo.descent.aggregation.base import GramianWeightedAggregator, Weighting, the_weighting
 from nngeo.descent.aggregation.options import number, vector
 from nngeo.descent.aggregation.stateful import Memory, reset
 
@@ -25,7 +25,7 @@ class CRMOGMWeighting(Memory, Weighting):
 
     def __init__(self, weighting: Weighting, alpha: float = 0.9, initial_weights: Tensor | None = None) -> None:
         super().__init__()
-        self.weighting = weighting
+        self.weighting = the_weighting(weighting)
         self.alpha = alpha
         self.initial_weights = initial_weights
 

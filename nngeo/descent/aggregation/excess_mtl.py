@@ -23,7 +23,7 @@ class ExcessMTLWeighting(Memory, RowWeighting):
 
     differentiable = False
     robust_step_size = number(0, open_ends="lowest")
-    n_warmup_steps = number(0)
+    n_warmup_steps = number(0, whole=True)
 
     def __init__(self, robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> None:
         super().__init__()

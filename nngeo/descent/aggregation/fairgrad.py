@@ -10,6 +10,8 @@ from nngeo.linalg.balance import balanced_weights
 
 
 def _count(name: str, value: int | None) -> int | None:
+    if value is not None and not isinstance(value, int):
+        raise TypeError(f"{name} should be a whole number, or None, found {value!r}.")
     if value is not None and value < 1:
         raise ValueError(f"{name} should be at least 1, or None, found {value!r}.")
     return value

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import Aggregator
-from nngeo.descent.aggregation.options import rows_or, vector
+from nngeo.descent.aggregation.options import Option, rows_or, vector
 
 
 def identity(purity: Tensor) -> Tensor:
     return purity
+
+
+def _function(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    if not callable(value):
+        raise TypeError(f"{name} should be a function, found {type(value).__name__}.")
+    return value
 
 
 class GradDrop(Aggregator):
@@ -30,6 +36,7 @@ class GradDrop(Aggregator):
     """
 
     differentiable = False
+    f = Option(_function)
     leak = vector()
 
     def __init__(self, f: Callable[[Tensor], Tensor] = identity, leak: Tensor | None = None) -> None:

@@ -18,8 +18,8 @@ class KrumWeighting(GramianWeighting):
     """
 
     differentiable = True
-    n_byzantine = number(0)
-    n_selected = number(1)
+    n_byzantine = number(0, whole=True)
+    n_selected = number(1, whole=True)
 
     def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
         super().__init__()

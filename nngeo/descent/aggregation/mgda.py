@@ -21,7 +21,7 @@ class MGDAWeighting(GramianWeighting):
 
     differentiable = True
     epsilon = number(0, open_ends="lowest")
-    max_iters = number(1)
+    max_iters = number(1, whole=True)
 
     def __init__(self, epsilon: float = 1e-3, max_iters: int = 100) -> None:
         super().__init__()

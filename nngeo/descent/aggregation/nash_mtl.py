@@ -24,10 +24,10 @@ class NashMTLWeighting(Memory, GramianWeighting):
         optim_niter: largest number of Newton steps.
     """
 
-    n_tasks = number(1)
+    n_tasks = number(1, whole=True)
     max_norm = number(0)
-    update_weights_every = number(1)
-    optim_niter = number(1)
+    update_weights_every = number(1, whole=True)
+    optim_niter = number(1, whole=True)
 
     def __init__(
         self, n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20

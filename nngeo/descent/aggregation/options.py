@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -58,13 +59,17 @@ def _shown(value: Any) -> str:
     return value.__name__ if inspect.isfunction(value) else repr(value)
 
 
-def number(lowest: float = -math.inf, highest: float = math.inf, *, open_ends: str = "") -> Option:
+def number(lowest: float = -math.inf, highest: float = math.inf, *, open_ends: str = "", whole: bool = False) -> Option:
     """A number in an interval; `open_ends` has "lowest" or "highest" in it where that end is excluded."""
+    kind: Any
+    kind, called = (Integral, "a whole number") if whole else (Real, "a number")
     above, below = "lowest" in open_ends, "highest" in open_ends
     ends = [f"{'greater than' if above else 'at least'} {lowest:g}"] if lowest > -math.inf else []
     ends += [f"{'less than' if below else 'at most'} {highest:g}"] if highest < math.inf else []
 
     def check(name: str, value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} should be {called}, found {value!r}.")
         if not (lowest < value if above else lowest <= value) or not (value < highest if below else value <= highest):
             raise ValueError(f"{name} should be {' and '.join(ends) or 'a number'}, found {value!r}.")
         return value

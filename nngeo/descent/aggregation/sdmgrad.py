@@ -29,7 +29,7 @@ class SDMGradWeighting(Memory, GramianWeighting):
 
     lr = number(0, open_ends="lowest")
     momentum = number(0, 1, open_ends="highest")
-    n_iter = number(1)
+    n_iter = number(1, whole=True)
     lambda_ = number(0)
     pref_vector = vector()
 

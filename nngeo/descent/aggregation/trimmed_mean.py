@@ -18,7 +18,7 @@ class TrimmedMean(Aggregator):
     tensor([2., 3.])
     """
 
-    trim_number = number(0)
+    trim_number = number(0, whole=True)
 
     def __init__(self, trim_number: int) -> None:
         super().__init__()
