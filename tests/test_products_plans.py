@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -184,6 +186,66 @@ def test_the_way_is_the_cheapest_that_agrees(name):
     with differential(model, x, "input") as at:
         at.push(x[None])
         assert at.facts.way == name
+
+
+def stopped_by_data(net: nn.Module, x: Tensor) -> Tensor:
+    """Gradients stop for large data."""
+    with torch.set_grad_enabled(bool((x < 100).all())):
+        scale = net.body(x).tanh()
+    return net.body(x) * scale
+
+
+class Stopped(nn.Module):
+    """Gradients stop if asked; the operations are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor, stop: bool) -> Tensor:
+        with torch.set_grad_enabled(not stop):
+            scale = self.body(x).tanh()
+        return self.body(x) * scale
+
+
+@pytest.mark.parametrize("wrt", ["x", "weight"])
+@pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["on_first", "off_first"])
+def test_tangents_agree_with_gradients_for_the_value_of_an_argument(order, wrt):
+    model, x, v = Stopped(), reals(2, 3), reals(3 if wrt == "x" else 12, seed=1)
+    found = [jvp(model, (x, stop), v, wrt) for stop in order]
+    assert_close(found, [model_rows(partial(model, stop=stop), list(model.parameters()), x, wrt) @ v for stop in order])
+
+
+@pytest.mark.parametrize("wrt", ["input", "weight"])
+def test_tangents_agree_with_gradients_where_the_data_decide(wrt):
+    model = networks.Net(stopped_by_data, body=nn.Linear(3, 3)).double()
+    few = [reals(2, 3), 1 + 100 * reals(2, 3).abs(), reals(2, 3, seed=3)]
+    v = reals(3 if wrt == "input" else 12, seed=1)
+    found = [jvp(model, x, v, wrt) for x in few]
+    rows = [model_rows(model, list(model.parameters()), x, wrt) for x in few]
+    assert_close(found, [J @ v for J in rows])
+
+
+def test_tangents_agree_with_gradients_where_padding_comes_later():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(4, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 5)).double()
+    v = reals(47)
+    for tokens in (torch.tensor([[1, 2], [3, 1]]), torch.tensor([[0, 2], [3, 0]])):
+        J = jTmjp(model, tokens, None, "weight", result="factor").mT
+        assert_close(jvp(model, tokens, v, "weight"), J @ v)
+
+
+def model_rows(run: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor, wrt: str) -> Tensor:
+    """J (b, o, n), by autograd, row by row."""
+    leaf = x.clone().requires_grad_()
+    at = parameters if wrt == "weight" else [leaf]
+    out = run(leaf)
+
+    def row(e: int, j: int) -> Tensor:
+        grads = torch.autograd.grad(out[e, j], at, retain_graph=True)
+        return torch.cat([g.flatten() for g in grads]) if wrt == "weight" else grads[0][e]
+
+    return torch.stack([torch.stack([row(e, j) for j in range(out.shape[1])]) for e in range(len(x))])
 
 
 # What is remembered

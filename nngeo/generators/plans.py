@@ -91,7 +91,7 @@ def signature(model: nn.Module, layers: LayerCollection) -> tuple:
     ids = {id(p): name for name, p in model.named_parameters()}
     modules, seen = [], dict[int, Any]()
     for name, module in model.named_modules():
-        values = tuple((k, _plain(v, seen)) for k, v in vars(module).items() if k not in _OF_MODULES)
+        values = tuple((k, plain(v, seen)) for k, v in vars(module).items() if k not in _OF_MODULES)
         hooks = (*module._forward_hooks, *module._forward_pre_hooks)
         own = tuple((k, ids[id(p)], p.shape, p.requires_grad) for k, p in module._parameters.items() if p is not None)
         modules.append((name, type(module), values, hooks, own))
@@ -101,7 +101,7 @@ def signature(model: nn.Module, layers: LayerCollection) -> tuple:
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
 
 
-def _plain(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
+def plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 4) -> Any:
     """Something hashable that changes where a setting does: with plain values, in containers and plain objects, too."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -109,10 +109,11 @@ def _plain(value: Any, seen: dict[int, Any], depth: int = 4) -> Any:
         return id(value)
     if depth == 0 or isinstance(value, Tensor):
         return type(value)
+    seen = {} if seen is None else seen
     if id(value) not in seen:
         seen[id(value)] = type(value)  # of what contains itself
         parts = value.items() if isinstance(value, dict) else getattr(value, "__dict__", {}).items()
         items = enumerate(value) if isinstance(value, list | tuple) else parts
-        found = tuple((k if isinstance(k, str | int) else type(k), _plain(v, seen, depth - 1)) for k, v in items)
+        found = tuple((k if isinstance(k, str | int) else type(k), plain(v, seen, depth - 1)) for k, v in items)
         seen[id(value)] = (type(value), found)
     return seen[id(value)]

@@ -26,6 +26,14 @@ def add_squares(record: LayerRecord, out: Tensor) -> None:
         out += view.to_flat(_squares(f))
 
 
+def total(record: LayerRecord) -> Tensor:
+    """(p,), the sum of the gradients over k and the examples."""
+    if record.view is None:
+        return record.jacobian().sum((0, 1))
+    f = record.factors()
+    return record.view.to_flat(f.combine(f.g.new_ones(f.g.shape[1:3])))
+
+
 def norms(record: LayerRecord) -> Tensor:
     """(k, b), the squared lengths of the gradients."""
     if record.view is None:

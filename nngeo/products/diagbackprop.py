@@ -115,4 +115,4 @@ def passage(evaluation: Evaluation, budget: int) -> Passage:
         return rule.forward(module, x, visit)
 
     (x,) = evaluation.arguments().values()
-    return visit(evaluation.model, x)
+    return visit(evaluation.model, x.clone())  # which a container may change in place

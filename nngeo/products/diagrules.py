@@ -64,7 +64,7 @@ class DiagRule(ABC):
 
     def forward(self, module: Any, x: Tensor, visit: Visit) -> Passage:
         """Run the module. A container runs its children by `visit`, and keeps what that returns."""
-        return Passage(module, self, x, module(x))
+        return Passage(module, self, x, module(x.clone()))  # which it may change in place
 
     @abstractmethod
     def pull(self, call: Passage, m: Tensor, found: Collected, below: bool) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nngeo.products.space import Space
+from nngeo.representations import Block
 
 # Elements that may be held at once, unless the caller says otherwise: 2**24 are 64 MiB in float32.
 BUDGET = 2**24
@@ -70,8 +72,11 @@ class Differential(ABC):
 
     has_kernel = False  # whether `kernel` takes no rows of J
 
-    def kernel(self, other: Differential) -> Tensor:
-        """J J' (b, o, o), or J1 J2' with the J of another batch."""
+    def kernel(self, other: Differential, blocks: Mapping[str, Block] | None = None, diag: bool = False) -> Tensor:
+        """J M J' (b, o, o), or J1 M J2' with the J of another batch; with `diag`, its diagonal (b, o).
+
+        M has a block for every block of the domain; it is the identity for None, which has no `diag`.
+        """
         raise NotImplementedError
 
     def examples(self, rows: slice) -> Differential:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from nngeo.generators.differentiable import Backward, Footprint, differentiable
 from nngeo.generators.independence import FirstExamples, check_independence
 from nngeo.generators.outputs import check_mode
-from nngeo.generators.plans import signature
+from nngeo.generators.plans import plain, signature
 from nngeo.layers.collection import LayerCollection
 from nngeo.products.evaluation import Evaluation
 
@@ -29,6 +29,9 @@ class Facts:
     outputs: dict[tuple, Tensor] = field(default_factory=dict)  # of one example, without data, by shapes of the batch
 
 
+# Structures remembered for one model: an argument that is a number can have many values.
+MOST = 64
+
 _FACTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
 
 
@@ -44,12 +47,15 @@ def facts_of(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> Fac
         with differentiable(evaluation.model, layers):
             check_independence(evaluation.model, evaluation.function, FirstExamples.of(evaluation.batch))
         known[key] = Facts()
+        if len(known) > MOST:
+            del known[next(iter(known))]  # the oldest
     return known[key]
 
 
 def _place(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> tuple[dict[Any, Facts], Any]:
     leaves, structure = tree_flatten(evaluation.batch.content)
-    kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+    # What is no tensor may decide what is computed: it is known by its value.
+    kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), plain(leaf)) for leaf in leaves)
     key = (signature(evaluation.model, layers), str(structure), kinds, wrt)
     try:
         function = weakref.ref(evaluation.function)

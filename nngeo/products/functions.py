@@ -57,7 +57,7 @@ def jmp(model: nn.Module, x: Any, m: Any = None, wrt: Wrt = "input", **options: 
         if m is None:
             return at.jacobian()
         v = columns(m, "m", at.domain, rows=False)
-        if len(v) * at.push_cost() <= at.codomain.d * (at.pull_cost() + len(v) * at.domain.d):
+        if len(v) and len(v) * at.push_cost() <= at.codomain.d * (at.pull_cost() + len(v) * at.domain.d):
             return finished(at.push(v).permute(1, 2, 0), at)
         return finished(at.jacobian() @ m, at)
 
@@ -68,7 +68,7 @@ def mjp(model: nn.Module, x: Any, m: Any = None, wrt: Wrt = "input", **options: 
         if m is None:
             return at.jacobian()
         w = columns(m, "m", at.codomain, rows=True).expand(-1, at.codomain.b, -1)
-        if len(w) * at.pull_cost() <= at.domain.d * (at.push_cost() + len(w) * at.codomain.d):
+        if len(w) and len(w) * at.pull_cost() <= at.domain.d * (at.push_cost() + len(w) * at.codomain.d):
             return finished(at.pull(w).transpose(0, 1), at)
         return finished(m @ at.jacobian(), at)
 

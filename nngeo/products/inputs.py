@@ -18,7 +18,7 @@ from nngeo.products.differential import Differential
 from nngeo.products.evaluation import Evaluation, Place
 from nngeo.products.facts import facts_of
 from nngeo.products.space import inputs_space, outputs_space
-from nngeo.products.tangents import CannotPush, Tangents
+from nngeo.products.tangents import CannotPush, Tangents, random_cotangent
 
 
 class InputDifferential(Differential):
@@ -88,10 +88,13 @@ class InputDifferential(Differential):
         return leaves, outputs
 
     def _tangents(self) -> Tangents:
-        def pulled(w: Tensor) -> list[Tensor]:
-            return [g[0] for g in self._gradients(w[None])]
+        return Tangents(self.facts, self._run, self._leaves, self.codomain.like, lambda: self._probe)
 
-        return Tangents(self.facts, self._run, self._leaves, self.codomain.like, pulled)
+    @cached_property
+    def _probe(self) -> tuple[Tensor, list[Tensor]]:
+        """A random cotangent and its gradients."""
+        w = random_cotangent(self.codomain.like)
+        return w, [g[0] for g in self._gradients(w[None])]
 
     def _run(self, *leaves: Tensor) -> Tensor:
         batch = self.evaluation.replaced(dict(zip(self.places.values(), leaves, strict=True)))

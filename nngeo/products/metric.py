@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nngeo.products.space import Space
+from nngeo.representations import Block
 from nngeo.variants import Cotangents
 
 
@@ -76,8 +78,16 @@ class Metric(ABC):
         """The metric of some of the examples."""
         return self
 
+    def by_layer(self, space: Space) -> Mapping[str, Block] | None:
+        """One for each block of the space, where M is block-diagonal over layers and they are at hand; else None."""
+        return None
+
     def transposed(self) -> Metric:
         """M'."""
+        return self
+
+    def symmetric_part(self) -> Metric:
+        """A metric with the same v' M v; (M + M') / 2 where that is as cheap to hold."""
         return self
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nngeo.products.metric import Identity, Metric, Signed, check_shape, cotangents, diagonal, of_examples, rows_of
 from nngeo.products.space import Space
+from nngeo.representations import Block, DiagBlock
 
 __all__ = ["Dense", "Diagonal", "Factor", "Identity", "LowRankPlusDiagonal", "Metric"]
 
@@ -40,6 +41,11 @@ class Diagonal(Metric):
 
     def signed(self, signs: Tensor, space: Space) -> Tensor | None:
         return None if (self.d < 0).any() else self.d.sqrt() * signs
+
+    def by_layer(self, space: Space) -> dict[str, Block] | None:
+        if space.layers is None:
+            return None
+        return {name: DiagBlock(self.d[..., place]) for name, place in space.slices().items()}
 
     def examples(self, rows: slice) -> Diagonal:
         return Diagonal(of_examples(self.d, 1, rows))
@@ -73,11 +79,13 @@ class Dense(Metric):
 
     def factors(self, space: Space) -> list[Signed]:
         """By an eigendecomposition, O(n^3) for each matrix."""
-        values, vectors = torch.linalg.eigh(self.m.detach())
+        # In float32 for half precision, for which there is none.
+        wide = self.m.detach().to(torch.promote_types(self.m.dtype, torch.float32))
+        values, vectors = torch.linalg.eigh(wide)
         values = torch.where(values.abs() > _rounding(values), values, 0)
-        terms = [Signed(1.0, cotangents(vectors * values.clamp(min=0).sqrt()[..., None, :], space))]
-        negative = Signed(-1.0, cotangents(vectors * (-values).clamp(min=0).sqrt()[..., None, :], space))
-        return [*terms, negative] if (values < 0).any() else terms
+        roots = [(vectors * part.clamp(min=0).sqrt()[..., None, :]).to(self.m.dtype) for part in (values, -values)]
+        terms = [Signed(sign, cotangents(root, space)) for sign, root in zip((1.0, -1.0), roots, strict=True)]
+        return terms if (values < 0).any() else terms[:1]
 
     def cost(self, space: Space) -> float:
         return float(space.d) ** 2
@@ -90,6 +98,9 @@ class Dense(Metric):
 
     def transposed(self) -> Dense:
         return Dense(self.m.mT)
+
+    def symmetric_part(self) -> Dense:
+        return Dense((self.m + self.m.mT) / 2)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Factor(Metric):
     v: Tensor
 
     def check(self, space: Space) -> None:
-        check_shape(self.v, "Factor", "v", space, (space.d, self.v.shape[-1] if self.v.ndim else 1))
+        check_factor(self.v, "Factor", space)
 
     def apply(self, v: Tensor, space: Space) -> Tensor:
         return self._times(self._transposed_times(v))
@@ -152,7 +163,7 @@ class LowRankPlusDiagonal(Metric):
     d: Tensor
 
     def check(self, space: Space) -> None:
-        check_shape(self.v, "LowRankPlusDiagonal", "v", space, (space.d, self.v.shape[-1] if self.v.ndim else 1))
+        check_factor(self.v, "LowRankPlusDiagonal", space)
         check_shape(self.d, "LowRankPlusDiagonal", "d", space, (space.d,))
 
     def _parts(self) -> tuple[Factor, Diagonal]:
@@ -181,6 +192,12 @@ class LowRankPlusDiagonal(Metric):
 
     def examples(self, rows: slice) -> LowRankPlusDiagonal:
         return LowRankPlusDiagonal(of_examples(self.v, 2, rows), of_examples(self.d, 1, rows))
+
+
+def check_factor(v: Tensor, kind: str, space: Space) -> None:
+    """Raise unless v is (d, r) or (b, d, r), for any r."""
+    space.check_kind(v, f"{kind}.v")
+    check_shape(v, kind, "v", space, (space.d, v.shape[-1] if v.ndim else 1))
 
 
 def _rounding(values: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def sampled(
 ) -> Any:
     """The mean over random signs s, for each example, of z z' with z = A' V s, M = V V': unbiased (Hutchinson, 1990).
 
-    Where V is not at hand, of `(A' s) (A' M' s)'`, at twice the cost and with more variance. A Sampled, or a dict of
+    Where V is not at hand, of `(A' M s) (A' s)'`, at twice the cost and with more variance. A Sampled, or a dict of
     them for "blocks". `generator` None is one seeded with 0: the global random numbers are not touched.
     """
     at, other = pair
@@ -52,9 +52,9 @@ def sampled(
         if z is not None and other is at and (draws := _direct(at, z, result, reduce)) is not None:
             means[""].add(draws)
             continue
-        left = at.pull(signs if z is None else z)
+        left = at.pull(metric.apply(signs, space) if z is None else z)
         same = z is not None and other is at
-        right = left if same else other.pull(metric.apply(signs, space) if z is None else z)
+        right = left if same else other.pull(signs if z is None else z)
         for name, place in names.items():
             means[name].add(_formed(left[..., place], right[..., place], result, reduce))
     found = {name: mean.result() for name, mean in means.items()}

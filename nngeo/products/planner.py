@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nngeo.products.byblock import through_factors
 from nngeo.products.differential import Differential
 from nngeo.products.metrics import Metric
 
@@ -22,9 +23,11 @@ def cheapest(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
 
     "factor": every column c of V, M = V V', is pulled back, and squares or products of these rows are summed.
     "whole": A, by rows or by columns, and M applied to it. Only this one is differentiable, and serves any M.
-    "kernel": A' A by the inner products of the layers' inputs and gradients.
+    "kernel": A' A, or A' M A for M with a block for each layer, by inner products of the layers' inputs and gradients.
     """
     found = [_whole(at, metric, result, two)]
+    if at.T.has_kernel and not at.differentiable:
+        found.extend(_kernel(at, metric, result, two))
     if metric.symmetric and not at.differentiable:
         found.append(_factor(at, metric, result, two))
     return min(found, key=lambda plan: plan.cost)
@@ -40,13 +43,22 @@ def _factor(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
 
 def _whole(at: Differential, metric: Metric, result: str, two: bool) -> Plan:
     d, e, sides = at.codomain.d, at.domain.d, 1 + two
-    if result == "dense" and metric.is_identity and at.T.has_kernel and not at.differentiable:
-        return Plan("kernel", sides * e * at.push_cost(), sides * e * at.T.held(squared=True))
     carried = sides * min(d * at.pull_cost(), e * at.push_cost())
     cost = carried + e * metric.cost(at.codomain) + d * _combined(at, result)
     if result in ("diag", "trace") and at.by_columns:  # column after column
         return Plan("whole", cost, (sides + 1) * at.T.held(metric.is_identity and not two))
     return Plan("whole", cost, (sides + 1) * d * e)
+
+
+def _kernel(at: Differential, metric: Metric, result: str, two: bool) -> list[Plan]:
+    """No plan, or one."""
+    e, sides, blocks = at.domain.d, 1 + two, metric.by_layer(at.codomain)
+    if blocks is None and not (metric.is_identity and result == "dense"):
+        return []
+    # Blocks of other types are applied to the rows of their layers.
+    rows = [at.codomain.sizes[name] for name, block in (blocks or {}).items() if not through_factors(block)]
+    cost = sides * e * at.push_cost() + 20.0 * e * sum(rows)
+    return [Plan("kernel", cost, sides * e * at.T.held(squared=True) + (1 + sides) * e * max(rows, default=0))]
 
 
 def _combined(at: Differential, result: str) -> float:

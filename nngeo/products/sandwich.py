@@ -24,6 +24,8 @@ def sandwich(pair: Pair, metric: Metric, result: str, reduce: str | None) -> Any
     factors of all examples stand side by side then, (e, b r). Batches that would not fit the budget are divided.
     """
     b = pair[0].domain.b
+    if result in ("diag", "trace") and pair[1] is pair[0] and not metric.symmetric:
+        metric = metric.symmetric_part()
     if result == "factor":
         f = _factor(pair[0], metric)
         return f if reduce is None else f.transpose(0, 1).flatten(1) / (b**0.5 if reduce == "mean" else 1.0)
@@ -62,14 +64,19 @@ def _require_memory(at: Differential, result: str, total: bool) -> None:
 def _factor(at: Differential, metric: Metric) -> Tensor:
     """(b, e, r)."""
     if at.differentiable:
-        return at.pull(metric.columns(at.codomain)).permute(1, 2, 0)
+        return _pulled(at, metric.columns(at.codomain)).permute(1, 2, 0)
     terms = metric.factors(at.codomain)
     if any(term.sign < 0 for term in terms):
         raise ValueError(
             f"The metric {type(metric).__name__} has negative eigenvalues, so it is no V V': result='factor' needs a "
             "positive semidefinite one."
         )
-    return torch.cat([at.pull(term.cotangents.all()) for term in terms]).permute(1, 2, 0)
+    return torch.cat([_pulled(at, term.cotangents.all()) for term in terms]).permute(1, 2, 0)
+
+
+def _pulled(at: Differential, c: Tensor) -> Tensor:
+    """(r, b, e), where r may be zero."""
+    return at.pull(c) if len(c) else at.domain.like.new_zeros(0, at.domain.b, at.domain.d)
 
 
 # By the whole map
@@ -112,7 +119,11 @@ def _products(left: Tensor, right: Tensor, total: bool) -> Tensor:
 
 
 def _kernel(pair: Pair, metric: Metric, result: str, total: bool) -> Tensor:
-    found = pair[0].T.kernel(pair[1].T)
+    at, other = (each.T for each in pair)
+    diag = result != "dense"
+    found = at.kernel(at if pair[0] is pair[1] else other, metric.by_layer(pair[0].codomain), diag)
+    if result == "trace":
+        found = found.sum(1)
     return found.sum(0) if total else found
 
 
@@ -125,6 +136,8 @@ def _summed(pair: Pair, metric: Metric, result: str, total: bool) -> Any:
         term = _term(pair, c, result, total)
         term = term if sign == 1 else tree_map(lambda x: -x, term)
         found = term if found is None else tree_map(torch.add, found, term)
+    if found is None:  # of rank zero
+        return _term(pair, pair[0].codomain.like.new_zeros(1, pair[0].domain.b, pair[0].codomain.d), result, total)
     return found
 
 

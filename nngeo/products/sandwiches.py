@@ -96,10 +96,26 @@ def _product(back, model, x, metric, wrt, result, method, reduce, x2, samples, g
             raise ValueError(f"`x2` holds {other.domain.b} examples and `x` {at.domain.b}; they are taken in pairs.")
         left = at if back else at.T
         pair: Pair = (left, left if other is at else other if back else other.T)
+        _check_pair(pair, result)
         m.check(left.codomain)
         if method == "mc":
             return finished(sampled(pair, m, result, reduce, samples, generator), at)
         return finished(sandwich(pair, m, result, reduce), at)
+
+
+def _check_pair(pair: Pair, result: str) -> None:
+    """Raise where maps of two batches have no product, or none of which there is a diagonal."""
+    left, right = pair
+    if left.codomain.d != right.codomain.d:
+        raise ValueError(
+            f"The {left.codomain.what} have {left.codomain.d} entries for `x` and {right.codomain.d} for `x2`; one "
+            "metric is between them, so their numbers should be equal."
+        )
+    if result != "dense" and left.domain.sizes != right.domain.sizes:
+        raise ValueError(
+            f"The {left.domain.what} have {left.domain.d} entries for `x` and {right.domain.d} for `x2`; "
+            f"result={result!r} needs equal numbers. Use result='dense'."
+        )
 
 
 def _check(back: bool, result: str, method: str, reduce: str | None, x2: Any, samples: Any) -> None:

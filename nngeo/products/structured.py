@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nngeo.products.metrics import Dense, Identity, Metric, Signed, check_shape, of_examples
 from nngeo.products.space import Space
-from nngeo.representations import PFMapDense, PMat
+from nngeo.representations import Block, LayerwisePMat, PFMapDense, PMat
+from nngeo.representations.estimate import check_kind
 from nngeo.variants import Cotangents
 
 
@@ -66,6 +67,9 @@ class BlockDiagonal(Metric):
 
     def transposed(self) -> BlockDiagonal:
         return BlockDiagonal({name: block.mT for name, block in self.blocks.items()})
+
+    def symmetric_part(self) -> BlockDiagonal:
+        return BlockDiagonal({name: (block + block.mT) / 2 for name, block in self.blocks.items()})
 
 
 def _embedded(c: Cotangents, place: slice, space: Space) -> Cotangents:
@@ -163,6 +167,14 @@ class OfParameters(Metric):
                 f'{space.what}. Use it in jmjTp(..., wrt="weight").'
             )
 
+        own = self.matrix.layer_collection
+        if not space.layers.covers(own):
+            raise ValueError(
+                f"The metric {type(self.matrix).__name__} is over the layers {', '.join(own)} of another "
+                f"LayerCollection; the {space.what} here are those of {', '.join(space.layers)}. Make the matrix from "
+                "this model, or choose its layers by layer_collection=."
+            )
+
     def apply(self, v: Tensor, space: Space) -> Tensor:
         if space.layers is None or space.layers == self.matrix.layer_collection:
             return self.matrix.mv(v)
@@ -178,6 +190,20 @@ class OfParameters(Metric):
         """By the eigenvectors of the dense matrix, O(P^3)."""
         eye = torch.eye(space.d).to(space.like)[:, None]
         return Dense(self.apply(eye, space)[:, 0]).factors(space)
+
+
+@dataclass(frozen=True)
+class OfLayers(OfParameters):
+    """A PMat with one Block for each layer."""
+
+    matrix: LayerwisePMat
+
+    def check(self, space: Space) -> None:
+        super().check(space)
+        check_kind(space.like, type(self.matrix).__name__, self.matrix.dtype, self.matrix.device)
+
+    def by_layer(self, space: Space) -> dict[str, Block] | None:
+        return self.matrix.data if set(self.matrix.data) == set(space.sizes) else None
 
 
 @singledispatch
@@ -206,6 +232,11 @@ def _(metric: Metric) -> Metric:
 @as_metric.register(PMat)
 def _(metric: PMat) -> Metric:
     return OfParameters(metric)
+
+
+@as_metric.register(LayerwisePMat)
+def _(metric: LayerwisePMat) -> Metric:
+    return OfLayers(metric)
 
 
 @as_metric.register(Tensor)

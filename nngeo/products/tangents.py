@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from nngeo.products.facts import Facts
+from nngeo.products.stops import GradientStops
 
 Run = Callable[..., Tensor]  # (*leaves) -> outputs (b, ...)
-Pull = Callable[[Tensor], Sequence[Tensor]]  # w (b, ...) -> the gradient by each leaf
+Probe = tuple[Tensor, list[Tensor]]  # w (b, ...), and the gradient J' w by each leaf
 
 
 class CannotPush(Exception):
@@ -25,35 +26,39 @@ class Tangents:
     By forward mode, vectorised over the m rows or in a loop; or, where an operation has no forward-mode derivative or
     another one than its gradient (torch.no_grad and `padding_idx` stop gradients, but not tangents), by the derivative
     of a backward pass, linear in its cotangent. The first time, one way after the other is held to
-    <w, J v> = <J' w, v> for random v and w.
+    <w, J v> = <J' w, v> for random v and w. Where the function stops a gradient on the way, what forward mode finds is
+    held to it for every batch: the data may decide where.
 
     Args:
         like: the outputs.
-        pull: gradients; used here only, the first time.
+        probe: returns random w, see `random_cotangent`, and J' w.
     """
 
-    def __init__(self, facts: Facts, run: Run, leaves: Sequence[Tensor], like: Tensor, pull: Pull):
-        self.facts, self.run, self.leaves, self.like = facts, run, list(leaves), like
+    def __init__(self, facts: Facts, run: Run, leaves: Sequence[Tensor], like: Tensor, probe: Callable[[], Probe]):
+        self.facts, self.run, self.leaves, self.like, self.probe = facts, run, list(leaves), like, probe
         self._graph: tuple[Tensor, list[Tensor | None]] | None = None
-        self._random: tuple[Tensor, list[Tensor], Tensor] | None = None
+        self._random: list[Tensor] | None = None
         if facts.way is None:
-            generator = torch.Generator("cpu").manual_seed(0)
-            w = torch.randn(like.shape, generator=generator, device="cpu").to(like)
-            v = [torch.randn(2, *x.shape, generator=generator, device="cpu").to(x) for x in leaves]
-            inner = [(g * t).double().reshape(2, -1) for g, t in zip(pull(w), v, strict=True)]
-            self._random = w, v, torch.cat(inner, 1)
+            generator = torch.Generator("cpu").manual_seed(1)
+            self._random = [torch.randn(2, *x.shape, generator=generator, device="cpu").to(x) for x in leaves]
+            probe()
 
     def __call__(self, tangents: Sequence[Tensor]) -> Tensor:
         """(m, b, ...).
 
         Raises:
-            CannotPush: the model has no derivative that could do it.
+            CannotPush: the model has no derivative that could do it, or another one for these data.
         """
         if self._random is not None and self.facts.way is None:
-            self.facts.way = next((way for way in _WAYS if self._agrees(way, *self._random)), "none")
+            self.facts.way = next((way for way in _WAYS if self._works(way, self._random)), "none")
         if self.facts.way is None or self.facts.way == "none":
             raise CannotPush
-        return _WAYS[self.facts.way](self, tangents)
+        with GradientStops() as stops:
+            found = _WAYS[self.facts.way](self, tangents)
+        if stops.found and self.forward and not self._agree(found, tangents):
+            self.facts.way = None  # to be looked for anew
+            raise CannotPush
+        return found
 
     @property
     def forward(self) -> bool:
@@ -96,14 +101,27 @@ class Tangents:
         found: Any = jvp(self.run, tuple(self.leaves), tangents)
         return found[1]
 
-    def _agrees(self, way: str, w: Tensor, v: list[Tensor], inner: Tensor) -> bool:
+    def _works(self, way: str, v: list[Tensor]) -> bool:
         """Whether derivatives along random tangents agree with the gradients."""
         try:
-            found = (_WAYS[way](self, v) * w).double().flatten(1)
+            return self._agree(_WAYS[way](self, v), v)
         except (RuntimeError, NotImplementedError, ValueError, IndexError):
             return False  # torch can't, in this way
-        tolerance = 10 * torch.finfo(self.like.dtype).eps ** 0.5 * (found.norm(dim=1) + inner.norm(dim=1))
-        return bool(((found.sum(1) - inner.sum(1)).abs() <= tolerance).all())
+
+    def _agree(self, found: Tensor, tangents: Sequence[Tensor]) -> bool:
+        """Whether found (m, b, ...) are derivatives along these tangents, by the gradients."""
+        w, pulled = self.probe()
+        left = (found * w).flatten(1)
+        right = torch.cat([(g * t).flatten(1) for g, t in zip(pulled, tangents, strict=True)], 1)
+        tolerance = 10 * torch.finfo(self.like.dtype).eps ** 0.5 * (left.norm(dim=1) + right.norm(dim=1))
+        difference = left.sum(1, dtype=torch.float64) - right.sum(1, dtype=torch.float64)
+        return bool((difference.abs() <= tolerance).all())
+
+
+def random_cotangent(like: Tensor) -> Tensor:
+    """Random w (b, ...), the same for the same shape."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(like.shape, generator=generator, device="cpu").to(like)
 
 
 _WAYS: dict[str, Callable[[Tangents, Sequence[Tensor]], Tensor]] = {

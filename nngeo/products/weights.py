@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -16,13 +16,14 @@ from nngeo.generators.record import BatchRecord
 from nngeo.generators.sources import Replay
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.replace import call_with
-from nngeo.products import byexample
+from nngeo.products import byblock, byexample
 from nngeo.products.contexts import frozen, second_derivatives
 from nngeo.products.differential import Differential, unit_vectors
 from nngeo.products.evaluation import Evaluation
 from nngeo.products.facts import facts_of
 from nngeo.products.space import outputs_space, weights_space
-from nngeo.products.tangents import CannotPush, Tangents
+from nngeo.products.tangents import CannotPush, Tangents, random_cotangent
+from nngeo.representations import Block
 
 # What running a model on one example more takes beside its multiplications, in multiplications.
 OVERHEAD = 1e6
@@ -78,10 +79,14 @@ class WeightDifferential(Differential):
 
     has_kernel = True
 
-    def kernel(self, other: Differential) -> Tensor:
+    def kernel(self, other: Differential, blocks: Mapping[str, Block] | None = None, diag: bool = False) -> Tensor:
         left = self._all_records()
         right = other._all_records() if isinstance(other, WeightDifferential) and other is not self else left
-        kernels = [byexample.kernel(left.layers[name], right.layers[name]) for name in self.layers]
+        pairs = {name: (left.layers[name], right.layers[name]) for name in self.layers}
+        if blocks is None:
+            kernels = [byexample.kernel(*pair) for pair in pairs.values()]
+        else:
+            kernels = [byblock.sandwiched(blocks[name], *pair, diag) for name, pair in pairs.items()]
         return torch.stack(kernels).sum(0).to(self.outputs.dtype)
 
     def held(self, squared: bool = False) -> int:
@@ -109,6 +114,14 @@ class WeightDifferential(Differential):
             total += each * sum(shape.numel() for call in calls for shape in call.shapes if shape is not None)
         return total / self.domain.b + 1
 
+    @cached_property
+    def _probe(self) -> tuple[Tensor, list[Tensor]]:
+        """A random cotangent and its gradients, summed over the examples."""
+        w, total = random_cotangent(self.outputs), self._zeros(self.domain.d)
+        for records in self._records(w[None]):
+            total += torch.cat([byexample.total(record) for record in records.layers.values()])
+        return w, split_by_parameter(self.layers, total.to(self.outputs.dtype))
+
     def _zeros(self, *shape: int) -> Tensor:
         """In float32 for half precision."""
         return torch.zeros(shape, dtype=torch.promote_types(self.outputs.dtype, torch.float32)).to(self.outputs.device)
@@ -133,11 +146,8 @@ class WeightDifferential(Differential):
             replay, tensors = Replay(model, evaluation.function), dict(zip(names, leaves, strict=True))
             return call_with(replay, tensors, (evaluation.batch.content,), {})
 
-        def pulled(w: Tensor) -> list[Tensor]:
-            return split_by_parameter(self.layers, self.pull(w[None])[0].sum(0))
-
         facts = facts_of(evaluation, self.layers, ("weight",))
-        tangents = Tangents(facts, run, leaves, self.outputs, pulled)
+        tangents = Tangents(facts, run, leaves, self.outputs, lambda: self._probe)
         step = max(1, self.budget // (2 * self.recording.elements() + v.shape[1]))
         try:
             with frozen(model), second_derivatives(model, forward=tangents.forward):
