@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import singledispatch
+from functools import reduce, singledispatch
 
 import torch
 from torch import Tensor
@@ -14,16 +14,20 @@ from nngeo.linalg.selected import SelectedProducts
 Products = OuterProducts | SelectedProducts
 
 
-def add_squares(record: LayerRecord, out: Tensor) -> None:
-    """Add to out (b, p) the gradients squared and summed over k."""
+def write_squares(record: LayerRecord, out: Tensor, add: bool) -> None:
+    """Write to out (b, p), or add to it, the gradients squared and summed over k."""
     if record.view is None:
-        out += record.jacobian().square_().sum(0)
-        return
-    f, view = record.factors(), record.view
-    if isinstance(f, OuterProducts) and f.g.shape[3] == 1 and not view.transposed:
-        _add_single(f, out, view.columns)
+        found = record.jacobian().square_().sum(0)
     else:
-        out += view.to_flat(_squares(f))
+        f, view = record.factors(), record.view
+        if isinstance(f, OuterProducts) and f.g.shape[3] == 1 and (parts := view.parts(out)):
+            _write_single(f, *parts, add)
+            return
+        found = view.to_flat(_squares(f))
+    if add:
+        out += found
+    else:
+        out.copy_(found)
 
 
 def total(record: LayerRecord) -> Tensor:
@@ -48,15 +52,16 @@ def kernel(record: LayerRecord, other: LayerRecord) -> Tensor:
     return _kernel(record.factors(), other.factors())
 
 
-def _add_single(f: OuterProducts, out: Tensor, columns: int) -> None:
+def _write_single(f: OuterProducts, weight: Tensor, bias: Tensor | None, add: bool) -> None:
     """At one position: squares of products are products of squares, and the sum over k comes first."""
     g, a = f.g[..., 0, :].square().sum(1).transpose(0, 1), f.a[..., 0, :].square().transpose(0, 1)
-    b, n, o = g.shape
-    size = n * o * columns
-    weight = out[:, :size].view(b, n, o, columns)
-    weight.addcmul_(g[..., :, None], a[..., None, :columns])
-    if a.shape[-1] > columns:
-        out[:, size:] += (g * a[..., -1:]).flatten(1)
+    pairs = [(weight, g[..., None], a[..., None, : weight.shape[-1]])]
+    pairs += [] if bias is None else [(bias, g, a[..., -1:])]
+    for out, x, y in pairs:
+        if add:
+            out.addcmul_(x, y)
+        else:
+            torch.mul(x, y, out=out)
 
 
 @singledispatch
@@ -68,10 +73,9 @@ def _squares(f: Products) -> Tensor:
 @_squares.register
 def _(f: OuterProducts) -> Tensor:
     n, k, b, _, o = f.g.shape
-    i = f.a.shape[-1]
-    step = max(1, BUDGET // max(1, n * b * o * i))
-    parts = (OuterProducts(f.a, f.g[:, start : start + step]).dense() for start in range(0, k, step))
-    return sum((part.square_().sum(0) for part in parts), f.a.new_zeros(b, n, o, i))
+    a, step = f.a, max(1, BUDGET // max(1, n * b * o * f.i))
+    parts = (OuterProducts(a, f.g[:, start : start + step]).dense() for start in range(0, k, step))
+    return reduce(torch.add, (part.square_().sum(0) for part in parts))
 
 
 @_squares.register
@@ -91,11 +95,11 @@ def _norms(f: Products) -> Tensor:
 @_norms.register
 def _(f: OuterProducts) -> Tensor:
     n, k, b, t, o = f.g.shape
-    i = f.a.shape[-1]
+    a, i = f.a, f.i
     if t == 1:
-        return (f.g[..., 0, :].square().sum(-1) * f.a[:, None, :, 0].square().sum(-1)).sum(0)
+        return (f.g[..., 0, :].square().sum(-1) * a[:, None, :, 0].square().sum(-1)).sum(0)
     if t * (i + k * o) < k * o * i and t * t * n * b * k < BUDGET:
-        inputs, outputs = f.a @ f.a.mT, f.g @ f.g.mT
+        inputs, outputs = a @ a.mT, f.g @ f.g.mT
         return (outputs * inputs[:, None]).sum((0, 3, 4))
     return torch.cat([part.square_().sum((2, 3, 4)) for part in _dense(f)])
 
@@ -110,8 +114,8 @@ def _(f: SelectedProducts) -> Tensor:
 def _dense(f: OuterProducts) -> list[Tensor]:
     """(k, b, n, o, i), in parts of k."""
     n, k, b, _, o = f.g.shape
-    step = max(1, BUDGET // max(1, n * b * o * f.a.shape[-1]))
-    return [OuterProducts(f.a, f.g[:, start : start + step]).dense() for start in range(0, k, step)]
+    a, step = f.a, max(1, BUDGET // max(1, n * b * o * f.i))
+    return [OuterProducts(a, f.g[:, start : start + step]).dense() for start in range(0, k, step)]
 
 
 @singledispatch
@@ -122,7 +126,7 @@ def _kernel(f: Products, other: Products) -> Tensor:
 @_kernel.register
 def _(f: OuterProducts, other: OuterProducts) -> Tensor:
     n, k, b, t, o = f.g.shape
-    s, i = other.g.shape[3], f.a.shape[-1]
+    s, i = other.g.shape[3], f.i
     c = len(other.g[0])
     ghost, dense = t * s * (i + k * c * o), (k * t + c * s) * o * i + k * c * o * i
     if t * s == 1 or (ghost < dense and n * b * k * c * t * s < BUDGET):
@@ -133,7 +137,9 @@ def _(f: OuterProducts, other: OuterProducts) -> Tensor:
         outputs = torch.einsum("nkbto,nlbso->nbtskl", f.g, other.g)
         return torch.einsum("nbts,nbtskl->bkl", inputs, outputs)
     step = max(1, BUDGET // max(1, n * o * i * (k + c)))
-    return torch.cat([_dense_kernel(f, other, slice(e, e + step)) for e in range(0, b, step)])
+    left = OuterProducts(f.a, f.g)
+    right = left if other is f else OuterProducts(other.a, other.g)
+    return torch.cat([_dense_kernel(left, right, slice(e, e + step)) for e in range(0, b, step)])
 
 
 def _dense_kernel(f: OuterProducts, other: OuterProducts, rows: slice) -> Tensor:

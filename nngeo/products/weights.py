@@ -61,10 +61,11 @@ class WeightDifferential(Differential):
         return torch.cat([self.examples(slice(e, e + 1))._push_shared(v[:, e]) for e in range(b)], 1)
 
     def squares(self, w: Tensor) -> Tensor:
-        out = self._zeros(self.domain.b, self.domain.d)
-        for records in self._records(w):
+        dtype = torch.promote_types(self.outputs.dtype, torch.float32)
+        out = self.outputs.new_empty(self.domain.b, self.domain.d, dtype=dtype)
+        for chunk, records in enumerate(self._records(w)):
             for name, part in self.layers.split(out).items():
-                byexample.add_squares(records.layers[name], part)
+                byexample.write_squares(records.layers[name], part, add=chunk > 0)
         return out.to(self.outputs.dtype)
 
     def total_squares(self, w: Tensor) -> Tensor:
