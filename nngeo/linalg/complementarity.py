@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 ENTRIES = 2**16  # of the systems factored at once: larger blocks are slower, by page faults and caches
-FEW = 24  # unknowns below which pivoting from the start is cheaper than a guess
+MASKED = 40  # unknowns up to which systems of the full size are cheaper than those of the sets
+FEW = 32  # unknowns below which pivoting from the start is cheaper than a guess
 GUESSES = 50  # gradient steps for the guess
 
 
@@ -28,23 +29,30 @@ def complementary_solutions(
     d = m.diagonal().rsqrt()
     m, q = m * d * d[:, None], q * d
     z = torch.zeros_like(q)
+    solve = _by_masks if len(m) <= MASKED else _on_sets
     todo = _indices((q < 0).any(1))
-    sets = _guess(m, q[todo]) if passive is None else passive[todo]
+    part = q[todo]
+    sets = _guess(m, part) if passive is None else passive[todo]
     fewest, lives = torch.full_like(todo, len(m) + 1), torch.full_like(todo, 3)
     for _ in range(100 + 2 * len(m) if max_iter is None else max_iter):
         if not len(todo):
             break
-        z[todo] = _on_sets(m, q[todo], sets)
-        wrong = _wrong(m, q[todo], z[todo], sets)
+        solution = solve(m, part, sets)
+        z[todo] = solution
+        wrong = _wrong(m, part, solution, sets)
         count = wrong.sum(1)
-        left = _indices(count > 0)
-        todo, sets, wrong, count, fewest, lives = (t[left] for t in (todo, sets, wrong, count, fewest, lives))
+        left = _indices(count)
+        todo, part, sets, wrong, count, fewest, lives = (
+            t[left] for t in (todo, part, sets, wrong, count, fewest, lives)
+        )
         # All wrong unknowns change sides while that helps. After three failures only the last one does (Murty's rule),
         # which ends.
         lives = torch.where(count < fewest, 3, lives - 1)
         fewest = torch.minimum(count, fewest)
-        last = wrong & (wrong.flip(1).cumsum(1).flip(1) == 1)
-        sets = sets ^ torch.where(lives[:, None] < 0, last, wrong)
+        if (lives < 0).any():
+            last = wrong & (wrong.flip(1).cumsum(1).flip(1) == 1)
+            wrong = torch.where(lives[:, None] < 0, last, wrong)
+        sets = sets ^ wrong
     solved = torch.ones(len(z), dtype=torch.bool, device=z.device)
     solved[todo] = False
     return z.clamp_(min=0) * d, solved
@@ -66,6 +74,14 @@ def _guess(m: Tensor, q: Tensor) -> Tensor:
         t, momentum = (1 + (1 + 4 * t * t) ** 0.5) / 2, t - 1
         x = torch.lerp(before, z, 1 + momentum / t)
     return z > 0
+
+
+def _by_masks(m: Tensor, q: Tensor, sets: Tensor) -> Tensor:
+    """What `_on_sets` returns, by systems of the full size with an identity outside of the sets."""
+    identity = torch.eye(len(m), dtype=m.dtype, device=m.device)
+    systems = torch.where(sets[:, :, None] & sets[:, None, :], m, identity)
+    factor = torch.linalg.cholesky_ex(systems).L
+    return torch.cholesky_solve(torch.where(sets, -q, 0)[:, :, None], factor)[:, :, 0]
 
 
 def _on_sets(m: Tensor, q: Tensor, sets: Tensor) -> Tensor:

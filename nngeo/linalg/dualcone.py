@@ -85,19 +85,18 @@ def _proximal(h: Tensor, q: Tensor, ridge: float) -> Tensor:
 
 def _verified(z: Tensor, g: Tensor, q: Tensor, u: Tensor, eps: float) -> Tensor:
     """z, where it satisfies the conditions of optimality, and scipy's solution elsewhere; raises where neither does."""
-    wrong = _residual(z, g, q, u) > 1e3 * eps
-    if not wrong.any():
+    right = _residual(z, g, q, u) <= 1e3 * eps  # NaN is not
+    if right.all():
         return z
-    for row in wrong.nonzero()[:, 0].tolist():
-        z[row] = _active_set(g, u[row])
-    left = _residual(z, g, q, u)
-    if (left > 1e3 * eps).any():
-        raise ArithmeticError(
-            f"The projection onto the dual cone did not converge: relative residual {left.max():.1e} for a Gramian "
-            f"with diagonal entries from {g.diagonal().min():.1e} to {g.diagonal().max():.1e}. "
-            "A larger reg_eps makes the problem easier."
-        )
-    return z
+    for row in (~right).nonzero()[:, 0].tolist():
+        z[row] = _active_set(g, u[row], z[row])
+    left = _residual(z, g, q, u).amax()
+    if left <= 1e3 * eps:
+        return z
+    raise ArithmeticError(
+        f"The projection onto the dual cone did not converge: relative residual {left:.1e} for a Gramian with diagonal "
+        f"entries from {g.diagonal().min():.1e} to {g.diagonal().max():.1e}. A larger reg_eps makes the problem easier."
+    )
 
 
 def _residual(z: Tensor, g: Tensor, q: Tensor, u: Tensor) -> Tensor:
@@ -108,9 +107,12 @@ def _residual(z: Tensor, g: Tensor, q: Tensor, u: Tensor) -> Tensor:
     return torch.minimum(z * norms / size, y).abs().amax(1)
 
 
-def _active_set(g: Tensor, u: Tensor) -> Tensor:
-    """z (m,) by Lawson & Hanson's non-negative least squares on a factor of g."""
+def _active_set(g: Tensor, u: Tensor, otherwise: Tensor) -> Tensor:
+    """z (m,) by Lawson & Hanson's non-negative least squares on a factor of g; `otherwise` where that gives up."""
     eigenvalues, vectors = torch.linalg.eigh(g)
     factor = eigenvalues.clamp(min=0).sqrt()[:, None] * vectors.T
-    solution, _ = nnls(factor.cpu().numpy(), -(factor @ u).cpu().numpy(), maxiter=100 * len(g))
+    try:
+        solution, _ = nnls(factor.cpu().numpy(), -(factor @ u).cpu().numpy(), maxiter=100 * len(g))
+    except RuntimeError:  # too many iterations
+        return otherwise
     return torch.from_numpy(solution).to(g)
