@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from nngeo.linalg.complementarity import MASKED, complementary_solutions
+from nngeo.linalg import complementarity
+from nngeo.linalg.complementarity import MASKED, active_set_solutions, complementary_solutions
 
 CYCLES = {5: 7862, 8: 14921}  # sizes and seeds of problems on which pivoting cycles, found by search
 seeds = pytest.mark.parametrize("seed", range(3))
@@ -93,10 +94,42 @@ def test_problems_that_cycle_without_a_safeguard_are_solved(m):
     assert_complementary(z, g, q[None])
 
 
-def test_rows_that_run_out_of_rounds_are_reported():
+@pytest.mark.parametrize("m", [5, 8, 18])
+def test_rows_that_run_out_of_rounds_are_solved_by_active_sets(m):
+    g, q = cycling(m)
+    q = torch.stack([q, q.abs(), -q])
+    z, solved = complementary_solutions(g, q, q < 0, max_iter=1)
+    assert solved.all()
+    assert_complementary(z, g, q)
+
+
+def test_rows_that_active_sets_give_up_are_reported(monkeypatch):
+    def gives_up(*_, **__):
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    monkeypatch.setattr(complementarity, "nnls", gives_up)
     g, q = cycling(8)
     _, solved = complementary_solutions(g, torch.stack([q, q.abs()]), torch.stack([q < 0, q > 9]), max_iter=2)
     assert solved.tolist() == [False, True]
+
+
+@seeds
+@pytest.mark.parametrize(("m", "rank"), [(9, 3), (30, 5), (MASKED + 20, 12)])
+def test_active_sets_solve_singular_problems(m, rank, seed):
+    rows = normal(m, rank, seed=seed) + 1
+    g, q = rows @ rows.T, normal(4, rank, seed=seed) @ rows.T
+    z, solved = active_set_solutions(g, q)
+    assert solved.all()
+    assert_complementary(z, g, q)
+
+
+@seeds
+def test_nearly_singular_problems_are_solved(seed):
+    rows = normal(60, 8, seed=seed) + 0.5
+    g, q = rows @ rows.T + 1e-9 * torch.eye(60, dtype=torch.float64), rows @ rows.T
+    z, solved = complementary_solutions(g, q)
+    assert solved.all()
+    assert_complementary(z, g, q)
 
 
 def test_ties_at_zero_are_solutions():

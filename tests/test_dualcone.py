@@ -14,7 +14,7 @@ from nngeo.descent.aggregation import (
     QuadprogProjector,
     UPGrad,
 )
-from nngeo.linalg import dualcone
+from nngeo.linalg import complementarity, dualcone
 from nngeo.linalg.dualcone import dual_cone_weights, semidefinite_dual_cone_weights
 
 SIZES = (1, 2, 3, 8, 20, 33, 64)
@@ -287,7 +287,7 @@ def test_an_active_set_method_that_gives_up_is_reported(no_pivoting, monkeypatch
     def gives_up(*_, **__):
         raise RuntimeError("Maximum number of iterations reached.")
 
-    monkeypatch.setattr(dualcone, "nnls", gives_up)
+    monkeypatch.setattr(complementarity, "nnls", gives_up)
     with pytest.raises(ArithmeticError, match="did not converge"):
         dual_cone_weights(torch.eye(4), definite(4))
 

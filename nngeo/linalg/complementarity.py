@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 ENTRIES = 2**16  # of the systems factored at once: larger blocks are slower, by page faults and caches
 MASKED = 40  # unknowns up to which systems of the full size are cheaper than those of the sets
 FEW = 32  # unknowns below which pivoting from the start is cheaper than a guess
 GUESSES = 50  # gradient steps for the guess
+ROUNDS = 20  # of pivoting: nearly singular problems that need more are faster one by one
 
 
 @torch.no_grad()
 def complementary_solutions(
-    m: Tensor, q: Tensor, passive: Tensor | None = None, *, max_iter: int | None = None
+    m: Tensor, q: Tensor, passive: Tensor | None = None, *, max_iter: int = ROUNDS
 ) -> tuple[Tensor, Tensor]:
     """Solutions z (r, m) of `z >= 0, y = M z + q >= 0, z y = 0` for the rows of q (r, m), and which are solved (r,).
 
     M (m, m) is symmetric positive definite, so each row has one solution; it minimises `1/2 z'Mz + q'z` over z >= 0.
     Exact up to the rounding of one Cholesky solve. Cost: about five factorisations of the sets {z > 0}, no matter how
-    many unknowns change at once.
+    many unknowns change at once. Rows that pivoting leaves go to `active_set_solutions`.
 
     Args:
         passive: where z > 0 is expected (r, m), to start from.
-        max_iter: rows that are not solved by then come back as they are. 100 + 2 m if None.
+        max_iter: rounds of pivoting.
     """
     # On a unit diagonal one tolerance fits all unknowns; the sets do not depend on the scale.
     d = m.diagonal().rsqrt()
@@ -34,7 +38,7 @@ def complementary_solutions(
     part = q[todo]
     sets = _guess(m, part) if passive is None else passive[todo]
     fewest, lives = torch.full_like(todo, len(m) + 1), torch.full_like(todo, 3)
-    for _ in range(100 + 2 * len(m) if max_iter is None else max_iter):
+    for _ in range(max_iter):
         if not len(todo):
             break
         solution = solve(m, part, sets)
@@ -45,8 +49,8 @@ def complementary_solutions(
         todo, part, sets, wrong, count, fewest, lives = (
             t[left] for t in (todo, part, sets, wrong, count, fewest, lives)
         )
-        # All wrong unknowns change sides while that helps. After three failures only the last one does (Murty's rule),
-        # which ends.
+        # All wrong unknowns change sides while that helps. After three failures only the last one does, which ends
+        # (Murty's rule).
         lives = torch.where(count < fewest, 3, lives - 1)
         fewest = torch.minimum(count, fewest)
         if (lives < 0).any():
@@ -54,8 +58,32 @@ def complementary_solutions(
             wrong = torch.where(lives[:, None] < 0, last, wrong)
         sets = sets ^ wrong
     solved = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    solved[todo] = False
+    if len(todo):
+        z[todo], solved[todo] = active_set_solutions(m, part)
     return z.clamp_(min=0) * d, solved
+
+
+@torch.no_grad()
+def active_set_solutions(m: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """What `complementary_solutions` returns, row by row on the CPU; for a semidefinite M, too.
+
+    By non-negative least squares (Lawson & Hanson, 1974, chapter 23): `|Fz - b|` with `M = F'F` and `F'b = -q`. One
+    unknown comes in at a time, so that sets of a singular M stay small.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(m)
+    root = eigenvalues.clamp(min=0).sqrt()
+    factor = (root[:, None] * vectors.T).cpu().numpy()
+    b = torch.where(root > 0, -(q @ vectors) / root, 0)
+    found = [_least_squares(factor, row) for row in b.cpu()]
+    z = torch.stack([torch.zeros_like(q[0]) if row is None else row.to(q) for row in found])
+    return z, torch.tensor([row is not None for row in found], device=q.device)
+
+
+def _least_squares(factor: Any, b: Tensor) -> Tensor | None:
+    try:
+        return torch.from_numpy(nnls(factor, b.numpy(), maxiter=20 * len(b))[0])
+    except RuntimeError:  # too many iterations
+        return None
 
 
 def _guess(m: Tensor, q: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ onto it is `J'v` with
 from __future__ import annotations
 
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
-from nngeo.linalg.complementarity import complementary_solutions
+from nngeo.linalg.complementarity import active_set_solutions, complementary_solutions
 
 ROUNDS = 3  # of proximal steps on a singular Gramian
 
@@ -84,12 +83,11 @@ def _proximal(h: Tensor, q: Tensor, ridge: float) -> Tensor:
 
 
 def _verified(z: Tensor, g: Tensor, q: Tensor, u: Tensor, eps: float) -> Tensor:
-    """z, where it satisfies the conditions of optimality, and scipy's solution elsewhere; raises where neither does."""
-    right = _residual(z, g, q, u) <= 1e3 * eps  # NaN is not
-    if right.all():
+    """z, where it satisfies the conditions of optimality, and another solver's elsewhere; raises where neither does."""
+    wrong = ~(_residual(z, g, q, u) <= 1e3 * eps)  # NaN is, too
+    if not wrong.any():
         return z
-    for row in (~right).nonzero()[:, 0].tolist():
-        z[row] = _active_set(g, u[row], z[row])
+    z[wrong], _ = active_set_solutions(g, q[wrong])
     left = _residual(z, g, q, u).amax()
     if left <= 1e3 * eps:
         return z
@@ -105,14 +103,3 @@ def _residual(z: Tensor, g: Tensor, q: Tensor, u: Tensor) -> Tensor:
     size = ((u.abs() + z) @ norms)[:, None].clamp(min=torch.finfo(g.dtype).tiny)
     y = torch.addmm(q, z, g) / norms / size
     return torch.minimum(z * norms / size, y).abs().amax(1)
-
-
-def _active_set(g: Tensor, u: Tensor, otherwise: Tensor) -> Tensor:
-    """z (m,) by Lawson & Hanson's non-negative least squares on a factor of g; `otherwise` where that gives up."""
-    eigenvalues, vectors = torch.linalg.eigh(g)
-    factor = eigenvalues.clamp(min=0).sqrt()[:, None] * vectors.T
-    try:
-        solution, _ = nnls(factor.cpu().numpy(), -(factor @ u).cpu().numpy(), maxiter=100 * len(g))
-    except RuntimeError:  # too many iterations
-        return otherwise
-    return torch.from_numpy(solution).to(g)
