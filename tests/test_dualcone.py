@@ -137,7 +137,7 @@ def test_a_projection_is_the_nearest_point_of_the_cone(jacobian):
 @pytest.mark.parametrize("reg_eps", [1e-4, 1e-6])
 @pytest.mark.parametrize(("m", "rank"), [(m, r) for m in SIZES for r in sorted({1, (m + 1) // 2, m})])
 def test_weights_equal_those_of_quadprog(m, rank, reg_eps):
-    pytest.importorskip("quadprog")
+    pytest.importorskip("quadprog", reason="compares with quadprog, of the extra of that name")
     rows = of_rank(m, rank, seed=m)
     u, g = torch.cat([torch.eye(m, dtype=torch.float64), normal(3, m, seed=m)]), rows @ rows.T
     found, expected = (P(reg_eps=reg_eps)(u, g) for P in (PivotingProjector, QuadprogProjector))
@@ -146,7 +146,7 @@ def test_weights_equal_those_of_quadprog(m, rank, reg_eps):
 
 @named
 def test_weights_of_degenerate_gramians_equal_those_of_quadprog(jacobian):
-    pytest.importorskip("quadprog")
+    pytest.importorskip("quadprog", reason="compares with quadprog, of the extra of that name")
     rows = jacobian()
     u, g = torch.eye(len(rows), dtype=torch.float64), rows @ rows.T
     assert_close(PivotingProjector()(u, g), QuadprogProjector()(u, g), rtol=1e-7, atol=1e-7)
