@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,16 +101,25 @@ class Batch:
         with torch.inference_mode(False):
             return Batch(tree_map(move, self.content))
 
-    def examples(self, index: Tensor) -> Batch:
+    def examples(self, index: Tensor | slice) -> Batch:
         """The batch that holds these examples only."""
         size = self.size
 
         def take(leaf: Any) -> Any:
-            with_examples = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size
-            return leaf[index.to(leaf.device)] if with_examples else leaf
+            if not (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size):
+                return leaf
+            return leaf[index if isinstance(index, slice) else index.to(leaf.device)]
 
         with torch.inference_mode(False):
             return Batch(tree_map(take, self.content))
+
+    def parts(self, most: int) -> list[Batch]:
+        """Batches of at most so many of its examples, as equal in size as they can be; views of its tensors."""
+        size, count = self.size, -(-self.size // most)
+        if count == 1:
+            return [self]
+        bounds = [size * j // count for j in range(count + 1)]
+        return [self.examples(slice(start, stop)) for start, stop in pairwise(bounds)]
 
     def run(self, model: nn.Module, function: Function | None) -> Any:
         """`function(*batch)`, or the model on the inputs."""

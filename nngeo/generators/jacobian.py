@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -18,13 +19,19 @@ from nngeo.generators.outputs import check_mode, check_outputs
 from nngeo.generators.plans import Planner
 from nngeo.generators.products import LayerwiseProducts, Point, WholeModelProducts
 from nngeo.generators.record import BatchRecord
+from nngeo.generators.recording import Recording
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.contraction import add_inner
 from nngeo.variants import Cotangents, Estimator
 
-# Elements of gradients at the layers' outputs that one backward pass may hold: 2**23 are 32 MiB in float32.
-BUDGET = 2**23
+# Elements of gradients at the layers' outputs that one backward pass may hold (2**25 are 128 MiB in float32), and at
+# one of them: beyond 32 MiB the C library takes memory for each tensor anew from the system, which costs time.
+BUDGET = 2**25
+LARGEST = 2**22
+
+# Examples whose forward is run together even where the gradients of all cotangents would not fit.
+TOGETHER = 8
 
 
 class JacobianGenerator(Generator):
@@ -58,7 +65,7 @@ class JacobianGenerator(Generator):
         self._linearizers: dict[LayerCollection, Linearizer | None] = {}
 
     def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
-        """Records of every mini-batch, in chunks of cotangents where all would not fit.
+        """Records of every mini-batch; where all would not fit, of parts of it, and in chunks of cotangents.
 
         Costs a forward for each mini-batch and a backward for each cotangent, both without gradients by weights.
         """
@@ -66,19 +73,41 @@ class JacobianGenerator(Generator):
         planner = Planner(self.model, self.function, layer_collection, self.check)
         warned = False
         for batch in self._batches(examples):
-            recording = planner.record(batch)
-            if (unused := recording.plan.unused) and not warned:
-                warned = True
-                warnings.warn(
-                    f"The outputs do not depend on {', '.join(unused)}: their gradients are zero. "
-                    "Leave them out by `layer_collection=LayerCollection.from_model(model, layers=...)`.",
-                    stacklevel=2,
-                )
-            c = self._cotangents(recording.outputs.detach(), batch)
-            step = max(1, BUDGET // max(1, recording.elements()))
-            for start in range(0, c.count, step):
-                stop = min(start + step, c.count)
-                yield recording.records(c.chunk(start, stop), first=start == 0, retain=stop < c.count, count=c.count)
+            for recording, c in self._recorded(planner, batch):
+                if (unused := recording.plan.unused) and not warned:
+                    warned = True
+                    warnings.warn(
+                        f"The outputs do not depend on {', '.join(unused)}: their gradients are zero. "
+                        "Leave them out by `layer_collection=LayerCollection.from_model(model, layers=...)`.",
+                        stacklevel=2,
+                    )
+                chunks = max(1, min(c.count, ceil(c.count * _load(recording))))
+                step = ceil(c.count / chunks)
+                for start in range(0, c.count, step):
+                    stop, more = min(start + step, c.count), start + step < c.count
+                    yield recording.records(c.chunk(start, stop), first=start == 0, retain=more, count=c.count)
+                del recording  # before the next forward
+
+    def _recorded(self, planner: Planner, batch: Batch) -> Iterator[tuple[Recording, Cotangents]]:
+        """A mini-batch and its cotangents; or its parts, for which the gradients of more cotangents fit."""
+        parts = [batch]
+        if self.estimator.by_example and not callable(self.mask) and batch.size > TOGETHER:
+            known = planner.plan(batch).loads
+            key = type(self.estimator), self.estimator.variant.name, tuple(batch.shapes())
+            if key not in known:
+                recording, c = self._record(planner, batch)
+                known[key] = _load(recording) * c.count / batch.size
+                if batch.size * known[key] <= 1:
+                    yield recording, c
+                    return
+                del recording, c
+            parts = batch.parts(max(TOGETHER, int(1 / max(known[key], 1e-9))))
+        for part in parts:
+            yield self._record(planner, part)
+
+    def _record(self, planner: Planner, batch: Batch) -> tuple[Recording, Cotangents]:
+        recording = planner.record(batch)
+        return recording, self._cotangents(recording.outputs.detach(), batch)
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """F v, like v (..., P): for each mini-batch J v, the metric at the outputs, and the pull-back.
@@ -178,3 +207,8 @@ class JacobianGenerator(Generator):
         check_mode(self.model)
         self.estimator.reset()
         return self._sweeps.batches(examples, self.device, self.verbose)
+
+
+def _load(recording: Recording) -> float:
+    """What one cotangent takes of what one backward pass may hold."""
+    return max(recording.elements() / BUDGET, recording.largest() / LARGEST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class Plan:
     rounding: float = 0.0  # what is as good as zero in an entry of a gradient
     routed: bool = False  # whether rows are picked by tensors, so that each batch has to be tested
     shapes: list[torch.Size] = field(default_factory=list)  # of the tensors of one example, in the batch it was made on
+    loads: dict[Any, float] = field(default_factory=dict)  # what an example takes of a backward pass's budget
 
     def hosts(self) -> set[str]:
         """The modules to watch."""
@@ -113,8 +115,15 @@ class Recording:
 
     def elements(self) -> int:
         """The size of the gradients that one cotangent leaves at all watched modules."""
+        return sum(self._sizes())
+
+    def largest(self) -> int:
+        """The size of the largest of these gradients."""
+        return max(self._sizes(), default=0)
+
+    def _sizes(self) -> list[int]:
         calls = [call for found in self.seen.calls.values() for call in found]
-        return sum(shape.numel() for call in calls for shape in call.shapes if shape is not None)
+        return [shape.numel() for call in calls for shape in call.shapes if shape is not None]
 
     def pull(self, c: Tensor, retain: bool) -> dict[str, list[list[Tensor | None]]]:
         """Gradients (k, ...) at every output of every call of the watched modules, from cotangents c (k, b, ...)."""

@@ -34,15 +34,15 @@ class ConvolutionRule(LinearMapRule):
     def inputs(self, module: Any, x: Tensor) -> Tensor:
         return self.with_room(module, x, bias=False)
 
-    def with_room(self, module: Any, x: Tensor, bias: bool) -> Tensor:
+    def with_room(self, module: Any, x: Tensor, bias: bool, by_example: bool = False) -> Tensor:
         b, m, c = x.shape[:3]
         n, space = module.groups, len(module.kernel_size)
         windows = self.windows(module, x.flatten(0, 1)).unflatten(0, (b, m)).unflatten(2, (n, c // n))
         positions, kernel = range(4, 4 + space), range(4 + space, 4 + 2 * space)
+        # One copy, in which the positions come last: products over positions need them so.
         windows = windows.permute(2, 3, *kernel, 0, 1, *positions)
-        i = windows.shape[1 : 2 + space].numel()
-        # The features come first in memory: products over positions need them so, and one copy makes them.
-        out = x.new_empty(n, i + bias, b, windows.shape[3 + space :].numel())
+        i, t = windows.shape[1 : 2 + space].numel(), windows.shape[3 + space :].numel()
+        out = x.new_empty(n, b, i + bias, t).transpose(1, 2) if by_example else x.new_empty(n, i + bias, b, t)
         out[:, :i].view(windows.shape).copy_(windows)
         return out.permute(0, 2, 3, 1)
 

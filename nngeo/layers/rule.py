@@ -94,8 +94,11 @@ class LinearMapRule(LayerRule):
     def outgrads(self, module: Any, g: Tensor) -> Tensor:
         """Output gradients (n, k, b, t, o)."""
 
-    def with_room(self, module: Any, x: Tensor, bias: bool) -> Tensor:
-        """The inputs as a new tensor; if there is a `bias`, with a last column for it, whatever that holds."""
+    def with_room(self, module: Any, x: Tensor, bias: bool, by_example: bool = False) -> Tensor:
+        """The inputs as a new tensor; if there is a `bias`, with a last column for it, whatever that holds.
+
+        In memory, all examples of a feature may come together, or, `by_example`, all features of an example.
+        """
         a = self.inputs(module, x)
         return F.pad(a, (0, 1)) if bias else a.clone()
 
@@ -117,13 +120,13 @@ class LinearMapRule(LayerRule):
     def gradients(self, module: Any, x: Tensor, g: Tensor, layer: Layer, names: Names) -> Gradients:
         view, owned, version = self.view(module, layer), {names[name] for name in names}, x._version
 
-        def inputs() -> Tensor:
+        def inputs(examples: slice, by_example: bool) -> Tensor:
             if x._version != version:
                 raise ValueError(
                     f"The input of layer {layer.name!r} was changed in place after the layer had used it. Does the "
                     "loader fill the same tensors again? Let it give new ones."
                 )
-            a = self.with_room(module, x, view.bias)
+            a = self.with_room(module, x[examples], view.bias, by_example)
             a = a if view.columns else a[..., a.shape[-1] - view.bias :]
             if "weight" not in owned:
                 a[..., : view.columns] = 0

@@ -9,6 +9,10 @@ from torch import Tensor
 LARGE = 2**16
 BLOCK = 128
 
+# Numbers in a register; a product takes several times longer if its columns are fewer than NARROW, and no multiple of it.
+LANES = 16
+NARROW = 64
+
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """x y' (m, l) of x (m, c) and y (l, c); with leading axes in common, one product for each of their entries.
@@ -18,15 +22,25 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     """
     if x.ndim == 2:
         return _inner(x, y)
-    if x.shape[-2] * y.shape[-2] * x.shape[-1] < LARGE or not _onednn(x, y):
+    if not one_by_one(x.shape[-2] * y.shape[-2] * x.shape[-1], x, y):
         return x @ y.mT
     xs, ys = x.flatten(0, -3), y.flatten(0, -3)
     if len(xs) == 1:
-        return _inner(xs[0], ys[0]).view(*x.shape[:-1], y.shape[-2])
+        return _inner(xs[0], ys[0]).reshape(*x.shape[:-1], y.shape[-2])
     out = x.new_empty(len(xs), x.shape[-2], y.shape[-2])
     for one, left, right in zip(out, xs, ys, strict=True):
         one.copy_(_inner(left, right))
     return out.unflatten(0, x.shape[:-2])
+
+
+def one_by_one(multiplications: int, x: Tensor, y: Tensor) -> bool:
+    """Whether products of so many multiplications each are taken one after the other, where there are several."""
+    return multiplications >= LARGE and _onednn(x, y)
+
+
+def narrow(columns: int, rows: int) -> bool:
+    """Whether a product with so many columns and rows is taken the other way round, and transposed."""
+    return columns < NARROW and columns % LANES > 0 and rows % LANES == 0
 
 
 def moment(x: Tensor) -> Tensor:
@@ -58,8 +72,10 @@ def add_inner(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    if x.shape[0] * y.shape[0] * x.shape[1] < LARGE or not _onednn(x, y):
+    if not one_by_one(x.shape[0] * y.shape[0] * x.shape[1], x, y):
         return x @ y.mT
+    if narrow(len(y), len(x)):
+        return _inner(y, x).mT
     # Other strides than contiguous ones lead to a kernel that is slower by orders of magnitude.
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y.contiguous(), None, "none", [], "")
 

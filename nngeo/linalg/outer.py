@@ -7,21 +7,27 @@ cheaper. n counts groups: independent maps side by side, as in a grouped convolu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nngeo.linalg.contraction import add_inner, inner, moment
+from nngeo.linalg.contraction import add_inner, inner, moment, narrow
+from nngeo.linalg.squares import CACHED, add_squared_products
 
 Sharing = Literal["expand", "reduce"]
+
+# Inputs (n, b, t, i) of some examples, and whether these come one after the other in memory, or all of each feature.
+Inputs = Callable[[slice, bool], Tensor]
+
+ALL = slice(None)
 
 # Elements of the largest temporary: 2**24 are 64 MiB in float32.
 BUDGET = 2**24
 
-# Elements of a temporary that is read again at once, which should not leave the processor's cache.
-CACHED = 2**20
+# Elements of a temporary that the C library need not take from the system anew each time: 32 MiB in float32.
+PART = 2**23
 
 
 class OuterProducts:
@@ -31,14 +37,24 @@ class OuterProducts:
     whenever they are needed, and their number i.
     """
 
-    def __init__(self, a: Tensor | Callable[[], Tensor], g: Tensor, i: int = 0):
+    def __init__(self, a: Tensor | Inputs, g: Tensor, i: int = 0):
         self._a, self.g = a, g
         self.i = a.shape[-1] if isinstance(a, Tensor) else i
 
     @property
     def a(self) -> Tensor:
         """(n, b, t, i)."""
-        return self._a if isinstance(self._a, Tensor) else self._a()
+        return self.inputs()
+
+    def inputs(self, examples: slice = ALL, by_example: bool = False) -> Tensor:
+        """(n, b, t, i) of some examples; where that can be chosen, one after the other in memory if `by_example`."""
+        return self._a[:, examples] if isinstance(self._a, Tensor) else self._a(examples, by_example)
+
+    def _parts(self, elements: int) -> Iterator[slice]:
+        """The examples in slices whose inputs have about so many elements."""
+        n, b, t = self.g.shape[0], *self.g.shape[2:4]
+        step = max(1, elements // max(1, n * t * self.i))
+        return (slice(start, min(start + step, b)) for start in range(0, b, step))
 
     def dense(self) -> Tensor:
         """(k, b, n, o, i)."""
@@ -56,7 +72,7 @@ class OuterProducts:
 
     def one(self, k: int, b: int) -> OuterProducts:
         """Those of one cotangent and one example."""
-        return OuterProducts(self.a[:, b : b + 1], self.g[:, k : k + 1, b : b + 1])
+        return OuterProducts(self.inputs(slice(b, b + 1)), self.g[:, k : k + 1, b : b + 1])
 
     def combine(self, w: Tensor) -> Tensor:
         """(n, o, i), the sum over k and b with weights w (k, b); no other tensor of that size is formed."""
@@ -69,18 +85,12 @@ class OuterProducts:
         With one position the square of a product is a product of squares, and the sum over k comes first.
         """
         n, k, b, t, o = self.g.shape
-        a = self.a
         if t == 1:
-            return inner(self.g[..., 0, :].square().sum(1).mT, a[..., 0, :].square().mT)
-        total = a.new_zeros(n, o, self.i)
-        step = max(1, CACHED // max(1, n * k * o * self.i))
-        height = max(1, CACHED // max(1, n * k * self.i))
-        for start in range(0, b, step):
-            examples = slice(start, start + step)
-            part, g = a[:, examples], self.g[:, :, examples]
-            for row in range(0, o, height):
-                rows = slice(row, row + height)
-                total[:, rows] += self._products(part, g[..., rows]).square_().sum((1, 2))
+            return inner(self.g[..., 0, :].square().sum(1).mT, self.a[..., 0, :].square().mT)
+        # Products of few columns come transposed.
+        total = self.g.new_zeros(n, self.i, o).mT if narrow(self.i, k * o) else self.g.new_zeros(n, o, self.i)
+        for examples in self._parts(4 * CACHED):
+            add_squared_products(total, self.g[:, :, examples].mT, self.inputs(examples, by_example=True).mT)
         return total
 
     @staticmethod
@@ -137,9 +147,12 @@ class OuterProducts:
 
     def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(n, i, i), the sum over b (and over t, or of the mean over t) of a a'; added to `into`, if that is given."""
-        a = self.a.permute(0, 3, 1, 2)
-        x = a.flatten(2) if sharing == "expand" else a.mean(3)
-        return moment(x) if into is None else add_inner(into, x, x)
+        total = into
+        for examples in self._parts(PART):
+            a = self.inputs(examples).permute(0, 3, 1, 2)
+            x = a.flatten(2) if sharing == "expand" else a.mean(3)
+            total = moment(x) if total is None else add_inner(total, x, x)
+        return self.g.new_zeros(len(self.g), self.i, self.i) if total is None else total
 
     def output_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(n, o, o), the sum over k and b (and the mean over t, or of the sum over t) of g g'; added to `into`."""
@@ -172,10 +185,11 @@ class OuterProducts:
             g = (ug.mT[:, None, None] @ self.g.mT).mT
         if ua is None:
             return OuterProducts(self._a, g, self.i)
-        n, b, t = self.g.shape[0], *self.g.shape[2:4]
+        n = len(self.g)
 
-        def rotated() -> Tensor:
+        def rotated(examples: slice, by_example: bool) -> Tensor:
             # The features come first: so the products over positions find them in the order in which they need them.
-            return inner(ua.mT, self.a.flatten(1, 2)).view(n, -1, b, t).permute(0, 2, 3, 1)
+            a = self.inputs(examples)
+            return inner(ua.mT, a.flatten(1, 2)).view(n, -1, *a.shape[1:3]).permute(0, 2, 3, 1)
 
         return OuterProducts(rotated, g, self.i)

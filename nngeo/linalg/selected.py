@@ -112,7 +112,11 @@ def concatenate(parts: list[OuterProducts] | list[SelectedProducts]) -> OuterPro
         return parts[0]
     g = torch.cat([part.g for part in parts], 3)
     if isinstance(parts[0], OuterProducts):
-        return OuterProducts(lambda: torch.cat([part.a for part in parts], 2), g, parts[0].i)
+
+        def inputs(examples: slice, by_example: bool) -> Tensor:
+            return torch.cat([part.inputs(examples, by_example) for part in parts], 2)
+
+        return OuterProducts(inputs, g, parts[0].i)
     index = torch.cat([part.index for part in parts], 1)
     keep = torch.cat([part.keep for part in parts], 1)
     return SelectedProducts(index, keep, parts[0].size, g)

@@ -69,6 +69,7 @@ class Variant(ABC):
 
     name: str = ""
     padded = False  # whether the "attention_mask" of a dict batch says which positions count
+    by_example = False  # whether what it says of an example is the same in any batch, so that batches may be split
 
     @abstractmethod
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:

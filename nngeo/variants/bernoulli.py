@@ -16,6 +16,8 @@ from nngeo.variants.registry import register_variant
 class BinaryLogits(Variant):
     """Independent zeros and ones whose log-odds are the outputs, of any shape (b, ...): the metric is p (1 - p)."""
 
+    by_example = True
+
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         z = working(outputs)
         root = ((logsigmoid(z) + logsigmoid(-z)) / 2).exp()

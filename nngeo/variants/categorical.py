@@ -21,6 +21,7 @@ class SoftmaxVariant(Variant):
     cotangent for each position and column, zero at the other positions.
     """
 
+    by_example = True
     class_axis: int
     ignore_index: int | None = None
 

@@ -22,6 +22,11 @@ class Estimator(ABC):
     def __call__(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         """Cotangents at outputs (b, ...), which are validated first and detached."""
 
+    @property
+    def by_example(self) -> bool:
+        """Whether an example has the same cotangents in any batch, so that batches may be split."""
+        return self.variant.by_example
+
     def reset(self) -> None:  # noqa: B027 (most have nothing to reset)
         """Called at the start of every sweep over data."""
 
@@ -68,6 +73,11 @@ class MonteCarlo(Estimator):
             return torch.stack([Cotangents.from_tensor(one(draw)[None]).metric(v) for draw in draws]).sum(0)
 
         return Cotangents(self.trials, chunk, metric)
+
+    @property
+    def by_example(self) -> bool:
+        """False: the draws are those of whole batches."""
+        return False
 
     def reset(self) -> None:
         """Back to the first draw."""

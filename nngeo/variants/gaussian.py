@@ -16,6 +16,8 @@ from nngeo.variants.registry import register_variant
 class Identity(Variant):
     """The Euclidean metric of the outputs; its cotangents, the unit vectors, pull back to the rows of the Jacobian."""
 
+    by_example = True
+
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         ones = torch.ones_like(outputs)
         return Cotangents.diagonal(keep(self.counted(outputs, targets, mask), ones))
@@ -31,6 +33,8 @@ class Regression(Variant):
     >>> Regression(covariance=4.0).exact(torch.zeros(1, 2)).metric(torch.ones(1, 2))
     tensor([[0.2500, 0.2500]])
     """
+
+    by_example = True
 
     def __init__(self, covariance: float | Sequence[Any] | Tensor = 1.0):
         self.covariance = _checked(covariance)

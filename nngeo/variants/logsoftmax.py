@@ -19,6 +19,8 @@ class ClassifLogSoftmax(Variant):
     With log_softmax as the last layer, the matrix over parameters is that of classif_logits on the logits.
     """
 
+    by_example = True
+
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         counted = self.counted(outputs, targets, mask)
         root = (working(outputs) / 2).exp()

@@ -29,6 +29,7 @@ class OutputHessian(Variant):
     tensor([[2., 2.]])
     """
 
+    by_example = True
     name = "output_hessian"
 
     def __init__(self, loss_fn: Callable[..., Tensor]):

@@ -15,6 +15,8 @@ from nngeo.variants.registry import register_variant
 class PoissonLogRate(Variant):
     """Independent counts whose log-rates are the outputs, of any shape (b, ...): the metric is the rate."""
 
+    by_example = True
+
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         root = (working(outputs) / 2).exp()
         return Cotangents.diagonal(keep(self.counted(outputs, targets, mask), root), outputs.dtype)
