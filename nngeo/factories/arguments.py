@@ -39,6 +39,8 @@ def checked(representation: Any, bases: tuple[type, ...], options: Collection[st
         )
     if inspect.isabstract(representation):
         raise TypeError(f"`representation` is {representation.__name__}, which is abstract: take a class made of it.")
+    if not options:
+        return representation
     known = list(inspect.signature(representation).parameters)
     if unknown := [name for name in options if name not in known]:
         takes = [name for name in known if name not in ("layer_collection", "generator", "data", "examples")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,15 @@ def check_outputs(outputs: Tensor, batch: Batch, model: nn.Module, function: Fun
         )
     if not outputs.is_floating_point():
         raise TypeError(f"Outputs have dtype {outputs.dtype}; they should be floating point numbers.")
-    if not torch.isfinite(outputs).all():
+    if not is_finite(outputs):
         raise ValueError(f"Outputs are not finite: {_culprit(batch, model, function)}")
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all entries are."""
+    # The sum is many times faster; it is not finite where an entry is not, and rarely elsewhere.
+    x = x.detach()
+    return math.isfinite(x.sum()) or bool(x.isfinite().all())
 
 
 def _culprit(batch: Batch, model: nn.Module, function: Function | None) -> str:

@@ -15,7 +15,7 @@ from nngeo.generators.untouched import Snapshot
 from nngeo.generators.watch import LayoutChanged
 from nngeo.layers.collection import LayerCollection
 
-_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Plan]]] = weakref.WeakKeyDictionary()
 
 
 class Planner:
@@ -27,8 +27,8 @@ class Planner:
 
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, check: bool):
         self.model, self.function, self.layers, self.check = model, function, layers, check
-        self._own: dict[Any, Plan] = {}  # of a function that can't be a key of the plans remembered for all
-        self._signature, self._before = signature(model, layers), Snapshot(model)
+        self._before = Snapshot(model)
+        self._known, self._function = self._place()
 
     def plan(self, batch: Batch) -> Plan:
         """The plan for a batch.
@@ -37,10 +37,10 @@ class Planner:
             ValueError: the examples of a batch influence each other, or the model draws random numbers.
             NotImplementedError: gradients of a layer can't be computed; the layer is named.
         """
-        known, key = self._place(batch)
-        if key not in known:
-            known[key] = self._account(batch)
-        return known[key]
+        plan = self._known.get(key := (batch.kind, self._function))
+        if plan is None:
+            plan = self._known[key] = self._account(batch)
+        return plan
 
     def record(self, batch: Batch) -> Recording:
         """A batch's outputs and calls. Where modules see other tensors than planned, the plan is made anew.
@@ -50,7 +50,6 @@ class Planner:
         reached so far are looked at anew when one does.
         """
         plan, banned = self.plan(batch), set[str]()
-        known, key = self._place(batch)
         while True:
             try:
                 recording = Recording(self.model, self.function, self.layers, plan, batch, self._before)
@@ -66,44 +65,49 @@ class Planner:
                 if plan.shapes == batch.shapes():
                     banned.add(change.host)
                 plan = self._account(batch, banned=banned)
-            known[key] = plan
+            self._known[batch.kind, self._function] = plan
 
     def _account(self, batch: Batch, **options: Any) -> Plan:
         return Accounting(self.model, self.function, self.layers, batch, **options).plan(self.check)
 
-    def _place(self, batch: Batch) -> tuple[dict[Any, Plan], Any]:
-        """The dictionary that remembers the plan, and its key there."""
-        key = (self.check, self._signature, batch.kind)
+    def _place(self) -> tuple[dict[Any, Plan], Any]:
+        """The plans remembered for this structure, by kinds of batches and functions; and the function's key."""
+        by_structure = _PLANS.setdefault(self.model, {})
+        for structure, plans in [*by_structure.items()]:
+            for key in [key for key in plans if key[1] is not None and key[1]() is None]:
+                del plans[key]  # of a function that is gone
+            if not plans:
+                del by_structure[structure]
+        known = by_structure.setdefault((self.check, signature(self.model, self.layers)), {})
         if self.function is None:
-            return _PLANS.setdefault(self.model, {}), (*key, None)
+            return known, None
         try:
-            known, function = _PLANS.setdefault(self.model, {}), weakref.ref(self.function)
-            for old in [old for old in known if old[-1] is not None and old[-1]() is None]:
-                del known[old]  # of a function that is gone
+            function = weakref.ref(self.function)
             hash(function)
         except TypeError:  # no weak references, or no hash
-            return self._own, key
-        return known, (*key, function)
+            return {}, None
+        return known, function
 
 
 def signature(model: nn.Module, layers: LayerCollection) -> tuple:
     """What a plan depends on; equal for equal structures."""
-    ids = {id(p): name for name, p in model.named_parameters()}
-    modules, seen = [], dict[int, Any]()
+    modules, names, seen = [], dict[int, Any](), dict[int, Any]()
     for name, module in model.named_modules():
-        values = tuple((k, plain(v, seen)) for k, v in vars(module).items() if k not in _OF_MODULES)
+        values = tuple([(k, plain(v, seen)) for k, v in vars(module).items() if k not in _OF_MODULES])
         hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        own = tuple((k, ids[id(p)], p.shape, p.requires_grad) for k, p in module._parameters.items() if p is not None)
+        parameters = [(k, p) for k, p in module._parameters.items() if p is not None]
+        own = tuple([(k, names.setdefault(id(p), (name, k)), p.shape, p.requires_grad) for k, p in parameters])
         modules.append((name, type(module), values, hooks, own))
     return layers, tuple(modules)
 
 
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+_VALUES = (type(None), bool, int, float, str)
 
 
 def plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 4) -> Any:
     """Something hashable that changes where a setting does: with plain values, in containers and plain objects, too."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, _VALUES):
         return value
     if callable(value):
         return id(value)

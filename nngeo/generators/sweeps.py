@@ -33,7 +33,7 @@ class Sweeps:
         numbers = self._random_of(examples)
         if numbers is not None:
             numbers.restart()
-        with tqdm(total=examples.total(), unit=" examples", disable=not verbose) as bar:
+        with tqdm(total=examples.total(), unit=" examples") if verbose else nullcontext() as bar:
             batches = iter(examples)
             while True:
                 with nullcontext() if numbers is None else numbers.active():
@@ -41,7 +41,8 @@ class Sweeps:
                 if batch is None:
                     return
                 yield batch.to(device)
-                bar.update(batch.size)
+                if bar is not None:
+                    bar.update(batch.size)
 
     def _random_of(self, examples: Examples) -> RandomNumbers | None:
         if examples.single or type(examples.source) in (list, tuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -71,7 +72,7 @@ class LayerCollection:
         Raises:
             ValueError: a name or type that chooses nothing (the layers there are, are listed), or no layer left.
         """
-        owners = [(module, layer) for module, layer in _owners(model, frozen) if layer.shapes]
+        owners = list(_owners(model, frozen))
         chosen = [layer for _, layer in owners] if layers is None else _choose(owners, layers)
         if not chosen and owners:
             raise ValueError(f"`layers` chooses none of the layers {_listed(owners)}.")
@@ -86,7 +87,7 @@ class LayerCollection:
 
     def add_layer_from_model(self, model: nn.Module, module: nn.Module) -> None:
         """Append the layer of one module of the model."""
-        found = [layer for owner, layer in _owners(model, frozen=True) if owner is module and layer.shapes]
+        found = [layer for owner, layer in _owners(model, frozen=True) if owner is module]
         if not found:
             raise ValueError(f"This {type(module).__name__} owns no parameters of the model, or is not part of it.")
         self.add_layer(found[0])
@@ -98,11 +99,8 @@ class LayerCollection:
     @property
     def p_pos(self) -> dict[str, int]:
         """The first coordinate of every layer."""
-        positions, start = {}, 0
-        for name, layer in self.layers.items():
-            positions[name] = start
-            start += layer.numel()
-        return positions
+        starts = accumulate((layer.numel() for layer in self.layers.values()), initial=0)
+        return dict(zip(self.layers, starts, strict=False))
 
     @property
     def names(self) -> list[str]:
@@ -111,8 +109,7 @@ class LayerCollection:
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """(..., P) -> {layer name: (..., p)}, as views."""
-        sizes = [layer.numel() for layer in self.layers.values()]
-        return dict(zip(self.layers, flat.split(sizes, dim=-1), strict=True))
+        return dict(zip(self.layers, flat.split([layer.numel() for layer in self.layers.values()], -1), strict=True))
 
     def split_layer(self, name: str, flat: Tensor) -> dict[str, Tensor]:
         """(..., p) of one layer -> {local parameter name: (..., *shape)}, as views where the memory allows."""
@@ -132,12 +129,12 @@ class LayerCollection:
         modules = model if isinstance(model, Mapping) else self.get_layerid_module_map(model)
         for name, layer in self.layers.items():
             for local in layer.shapes:
-                yield layer.full_name(local), modules[name].get_parameter(local)
+                own = modules[name]._parameters.get(local)
+                yield layer.full_name(local), modules[name].get_parameter(local) if own is None else own
 
     def parameters(self, model: nn.Module | Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
         """The parameters of a model, in the order of the coordinates."""
-        for _, parameter in self.named_parameters(model):
-            yield parameter
+        return (parameter for _, parameter in self.named_parameters(model))
 
     def get_layerid_module_map(self, model: nn.Module) -> dict[str, nn.Module]:
         """{layer name: module}, with a check that the model has these layers in these shapes."""
@@ -193,7 +190,7 @@ class LayerCollection:
 
 
 def _owners(model: nn.Module, frozen: bool) -> Iterator[tuple[nn.Module, Layer]]:
-    """Every module with the layer it forms: the parameters that it owns itself and no earlier module owns.
+    """Modules with the layers they form: the parameters that they own themselves and no earlier module owns.
 
     The parametrizations of a module without other children (weight norm, say) are its own parameters.
     """
@@ -202,16 +199,18 @@ def _owners(model: nn.Module, frozen: bool) -> Iterator[tuple[nn.Module, Layer]]
     for name, module in model.named_modules():
         if module in inside:
             continue
-        whole = parametrize.is_parametrized(module) and list(dict(module.named_children())) == ["parametrizations"]
+        alone = "parametrizations" in module._modules and len(list(module.children())) == 1
+        whole = alone and parametrize.is_parametrized(module)
         if whole:
             inside.update(module.modules())
         shapes = {}
-        for local, parameter in module.named_parameters(recurse=whole):
-            if id(parameter) not in seen and (frozen or parameter.requires_grad):
+        for local, parameter in module.named_parameters() if whole else module._parameters.items():
+            if parameter is not None and id(parameter) not in seen and (frozen or parameter.requires_grad):
                 shapes[local] = parameter.shape
             seen.add(id(parameter))
         kind = type(module).__mro__[1].__name__ if whole else type(module).__name__
-        yield module, Layer(name, kind, shapes)
+        if shapes:
+            yield module, Layer(name, kind, shapes)
 
 
 def _choose(owners: list[tuple[nn.Module, Layer]], layers: object) -> list[Layer]:

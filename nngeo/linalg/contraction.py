@@ -9,7 +9,7 @@ from torch import Tensor
 LARGE = 2**16
 BLOCK = 128
 
-# Numbers in a register; a product takes several times longer if its columns are fewer than NARROW, and no multiple of it.
+# Numbers in a register. Products of fewer than NARROW columns, no multiple of LANES, take several times longer.
 LANES = 16
 NARROW = 64
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nngeo.representations.coordinates import coordinates
 from nngeo.representations.estimate import check_kind
 from nngeo.representations.exchange import Exchange
-from nngeo.representations.memory import fitting_representations, require_memory
+from nngeo.representations.memory import require_memory, what_fits
 from nngeo.representations.pooling import Pooling
 from nngeo.representations.solvers import SOLVERS
 from nngeo.representations.state import check_header, check_match, header, layers_of
@@ -139,8 +139,7 @@ class PMat(Pooling, Exchange):
         """
         if not regul >= 0:
             raise ValueError(f"`regul` must not be negative; got {regul}.")
-        solvers = self._solvers()
-        if solve not in solvers:
+        if solve not in (solvers := self._solvers()):
             raise ValueError(f"Unknown solve={solve!r}; {type(self).__name__} has {', '.join(solvers)}.")
         flat, back = self._coordinates(x)
         return back(solvers[solve](flat, float(regul), **options))
@@ -237,13 +236,12 @@ class PMat(Pooling, Exchange):
         check_kind(flat, type(self).__name__, self.dtype, self.device)
 
     def _require_memory(self, what: str, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        require_memory(what, numel, dtype, device, fitting_representations(self.layer_collection, dtype, device))
+        require_memory(what, numel, dtype, device, partial(what_fits, self.layer_collection, dtype, device))
 
     def __repr__(self) -> str:
         count = "" if self.n_examples is None else f", {self.n_examples} examples"
-        layers = self.layer_collection
-        size = f"{layers.numel()} parameters of {len(layers)} layer{'s' * (len(layers) != 1)}"
-        return f"{type(self).__name__}({size}{count}, {self.dtype}, {self.device})"
+        p, m = self.layer_collection.numel(), len(self.layer_collection)
+        return f"{type(self).__name__}({p} parameters of {m} layer{'s' * (m != 1)}{count}, {self.dtype}, {self.device})"
 
 
 def entry(state: Mapping[str, Any], key: str) -> Any:

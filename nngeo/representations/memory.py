@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -30,21 +31,25 @@ def available_bytes(device: torch.device) -> int | None:
         return None
 
 
-def require_memory(what: str, numel: int, dtype: torch.dtype, device: torch.device, instead: str) -> None:
-    """Nothing, if `numel` entries fit.
+def require_memory(
+    what: str, numel: int, dtype: torch.dtype, device: torch.device, instead: str | Callable[[], str]
+) -> None:
+    """Nothing, if `numel` entries fit; `instead` is a sentence, or a function that returns it.
 
     Raises:
         MemoryError: how many GiB `what` takes, how many there are, and what to use `instead`.
     """
-    needed, free = numel * dtype.itemsize, available_bytes(device)
+    needed = numel * dtype.itemsize
+    free = available_bytes(device) if needed else None
     if free is not None and needed > free:
+        advice = instead if isinstance(instead, str) else instead()
         raise MemoryError(
             f"{what} takes {needed / GIB:.3g} GiB ({numel:.3g} entries of {dtype}); "
-            f"{free / GIB:.3g} GiB are free on {device}. {instead}"
+            f"{free / GIB:.3g} GiB are free on {device}. {advice}"
         )
 
 
-def fitting_representations(layers: LayerCollection, dtype: torch.dtype, device: torch.device) -> str:
+def what_fits(layers: LayerCollection, dtype: torch.dtype, device: torch.device) -> str:
     """A sentence that names the representations of these parameters that would fit."""
     entries = {
         "PMatBlockDiag": sum(layer.numel() ** 2 for layer in layers.layers.values()),

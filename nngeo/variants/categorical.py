@@ -38,10 +38,7 @@ class SoftmaxVariant(Variant):
         def chunk(start: int, stop: int) -> Tensor:
             at = torch.arange(start, min(stop, count), device=log_p.device)
             position, column = at // (classes - 1), at % (classes - 1)
-            columns = keep(
-                None if counted is None else counted[:, position],
-                _root(log_p[:, position], log_tails[:, position], column),
-            )
+            columns = keep(None if counted is None else counted[:, position], _root(log_p, log_tails, position, column))
             if t == 1:
                 return self._from_rows(columns.transpose(0, 1).unsqueeze(2).to(outputs.dtype), outputs)
             c = outputs.new_zeros(len(at), b, t, classes)
@@ -70,7 +67,7 @@ class SoftmaxVariant(Variant):
         index = in_range(index, counted, p.shape[-1], self.name)
         # p_y - 1 as minus the sum of the others, which does not cancel when p_y is almost one.
         rest = p.scatter(-1, index, 0)
-        gradient = keep(counted, rest.scatter(-1, index, -rest.sum(-1, keepdim=True)))
+        gradient = keep(counted, rest.scatter_(-1, index, -rest.sum(-1, keepdim=True)))
         return self._from_rows(gradient[None], outputs)[0].to(outputs.dtype)
 
     def n_output(self, outputs: Tensor) -> int:
@@ -164,17 +161,19 @@ class TokenLogits(_PositionsVariant):
     class_axis, layout, padded = -1, "(b, *positions, class)", True
 
 
-def _root(log_p: Tensor, log_tails: Tensor, column: Tensor) -> Tensor:
-    """(b, m, C): columns of the Cholesky factor of diag(p) - p p', one for each of the m rows of log_p (b, m, C).
+def _root(log_p: Tensor, log_tails: Tensor, position: Tensor, column: Tensor) -> Tensor:
+    """(b, m, C): columns of the Cholesky factors of diag(p) - p p', each of one position of log_p (b, t, C).
 
     With r_j = p_j + ... + p_C (`log_tails`), entry j of column j is sqrt(p_j r_j+1 / r_j) and entry i > j is
     -p_i sqrt(p_j / (r_j r_j+1)): Tanabe & Sagae (1992). Differences 1 - p_1 - ... - p_j would cancel where a class
     vanishes; the logarithms of the sums do not.
     """
-    at = column.expand(len(log_p), -1)[..., None]
-    log_pj, log_r, log_next = log_p.gather(-1, at), log_tails.gather(-1, at), log_tails.gather(-1, at + 1)
-    below = -(log_p + (log_pj - log_r - log_next) / 2).exp()
-    classes = torch.arange(log_p.shape[-1], device=log_p.device)
-    entries = torch.where(classes > column[:, None], below, 0).scatter(-1, at, ((log_pj + log_next - log_r) / 2).exp())
+    log_pj, log_r = log_p[:, position, column], log_tails[:, position, column]
+    log_next = log_tails[:, position, column + 1]
+    log_pi = log_p if log_p.shape[1] == 1 else log_p[:, position]
+    below = (log_pi + ((log_pj - log_r - log_next) / 2)[..., None]).exp().neg_()
+    classes, at = torch.arange(log_p.shape[-1], device=log_p.device), column[:, None]
+    on = ((log_pj + log_next - log_r) / 2).exp()[..., None]
+    entries = torch.where(classes > at, below, 0).scatter_(-1, at.expand(len(log_p), -1, -1), on)
     # A class of probability zero has no row; the formula would give inf - inf where all classes after j are such.
-    return torch.where(log_p == -math.inf, 0, entries)
+    return torch.where(log_pi == -math.inf, 0, entries)

@@ -64,7 +64,8 @@ class MonteCarlo(Estimator):
         draws = [self.variant.sample(outputs, generator) for _ in range(self.trials)]
 
         def one(draw: Tensor) -> Tensor:
-            return self.variant.gradient(outputs, draw, counted) / self.trials**0.5
+            gradient = self.variant.gradient(outputs, draw, counted)
+            return gradient if self.trials == 1 else gradient / self.trials**0.5
 
         def chunk(start: int, stop: int) -> Tensor:
             return torch.stack([one(draw) for draw in draws[start:stop]])

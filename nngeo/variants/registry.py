@@ -103,9 +103,10 @@ def _origin(make: Any) -> str:
 
 
 def _call(make: Callable[..., Variant], name: str, options: dict[str, Any]) -> Variant:
+    if not options:
+        return make()
     known = list(inspect.signature(make).parameters)
-    unusable = [option for option in options if option not in known]
-    if unusable:
+    if unusable := [option for option in options if option not in known]:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise TypeError(f"Variant {name!r} cannot use the option {', '.join(unusable)}; {takes}.")
     return make(**options)
