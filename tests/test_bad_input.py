@@ -251,12 +251,19 @@ def test_a_generator_of_batches_is_enough_for_a_hessian(representation):
     assert_close(matrix.trace(), Hessian(model, (X, Y), representation, F.cross_entropy).trace())
 
 
-def test_a_loader_that_fills_the_same_tensor_again_is_refused():
-    def batches() -> Iterator[tuple[Tensor]]:
-        buffer = torch.empty(3, 3, dtype=torch.float64)
-        for part in X.split(3):
-            yield (buffer.copy_(part),)
+def refilled() -> Iterator[tuple[Tensor]]:
+    buffer = torch.empty(3, 3, dtype=torch.float64)
+    for part in X.split(3):
+        yield (buffer.copy_(part),)
 
+
+def test_a_loader_may_fill_the_same_small_tensor_again():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    torch.testing.assert_close(NTK(model, refilled()).to_torch(), NTK(model, (X,)).to_torch())
+
+
+def test_a_loader_that_fills_the_same_large_tensor_again_is_refused(monkeypatch):
+    monkeypatch.setattr("nngeo.generators.sizing.INPUTS", 0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     with refused(ValueError, "'0'", "in place", "loader"):
-        NTK(model, batches())
+        NTK(model, refilled())

@@ -624,7 +624,7 @@ NET = pytest.mark.parametrize("net", NETS)
 def chunks(request, monkeypatch):
     """All cotangents of a mini-batch at once, or each on its own."""
     if request.param is not None:
-        monkeypatch.setattr("nngeo.generators.jacobian.BUDGET", request.param)
+        monkeypatch.setattr("nngeo.generators.sizing.BUDGET", request.param)
 
 
 @pytest.mark.parametrize("name", ["dense", "lowrank", "implicit"])

@@ -113,6 +113,22 @@ class Batch:
         with torch.inference_mode(False):
             return Batch(tree_map(take, self.content))
 
+    @cached_property
+    def joins(self) -> bool:
+        """Whether all that it holds are tensors of examples, so that it can be one batch with others."""
+        return all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == self.size for leaf in self.leaves)
+
+    @classmethod
+    def joined(cls, batches: list[Batch]) -> Batch:
+        """The batch of all examples of batches that hold the same."""
+        if len(batches) == 1:
+            return batches[0]
+        return cls(tree_map(lambda *leaves: torch.cat(leaves), *[batch.content for batch in batches]))
+
+    def copied(self) -> Batch:
+        """The same, with tensors of its own."""
+        return Batch(tree_map(torch.clone, self.content))
+
     def parts(self, most: int) -> list[Batch]:
         """Batches of at most so many of its examples, as equal in size as they can be; views of its tensors."""
         size, count = self.size, -(-self.size // most)

@@ -19,19 +19,11 @@ from nngeo.generators.outputs import check_mode, check_outputs
 from nngeo.generators.plans import Planner
 from nngeo.generators.products import LayerwiseProducts, Point, WholeModelProducts
 from nngeo.generators.record import BatchRecord
-from nngeo.generators.recording import Recording
+from nngeo.generators.sizing import Sizing, joined, load
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.contraction import add_inner
 from nngeo.variants import Cotangents, Estimator
-
-# Elements of gradients at the layers' outputs that one backward pass may hold (2**25 are 128 MiB in float32), and at
-# one of them: beyond 32 MiB the C library takes memory for each tensor anew from the system, which costs time.
-BUDGET = 2**25
-LARGEST = 2**22
-
-# Examples whose forward is run together even where the gradients of all cotangents would not fit.
-TOGETHER = 8
 
 
 class JacobianGenerator(Generator):
@@ -71,43 +63,23 @@ class JacobianGenerator(Generator):
         """
         dtype_is_one(self.model, layer_collection)
         planner = Planner(self.model, self.function, layer_collection, self.check)
+        sizing = Sizing(planner, self.estimator, splits=not callable(self.mask))
         warned = False
-        for batch in self._batches(examples):
-            for recording, c in self._recorded(planner, batch):
-                if (unused := recording.plan.unused) and not warned:
-                    warned = True
-                    warnings.warn(
-                        f"The outputs do not depend on {', '.join(unused)}: their gradients are zero. "
-                        "Leave them out by `layer_collection=LayerCollection.from_model(model, layers=...)`.",
-                        stacklevel=2,
-                    )
-                chunks = max(1, min(c.count, ceil(c.count * _load(recording))))
-                step = ceil(c.count / chunks)
-                for start in range(0, c.count, step):
-                    stop, more = min(start + step, c.count), start + step < c.count
-                    yield recording.records(c.chunk(start, stop), first=start == 0, retain=more, count=c.count)
-                del recording  # before the next forward
-
-    def _recorded(self, planner: Planner, batch: Batch) -> Iterator[tuple[Recording, Cotangents]]:
-        """A mini-batch and its cotangents; or its parts, for which the gradients of more cotangents fit."""
-        parts = [batch]
-        if self.estimator.by_example and not callable(self.mask) and batch.size > TOGETHER:
-            known = planner.plan(batch).loads
-            key = type(self.estimator), self.estimator.variant.name, tuple(batch.shapes())
-            if key not in known:
-                recording, c = self._record(planner, batch)
-                known[key] = _load(recording) * c.count / batch.size
-                if batch.size * known[key] <= 1:
-                    yield recording, c
-                    return
-                del recording, c
-            parts = batch.parts(max(TOGETHER, int(1 / max(known[key], 1e-9))))
-        for part in parts:
-            yield self._record(planner, part)
-
-    def _record(self, planner: Planner, batch: Batch) -> tuple[Recording, Cotangents]:
-        recording = planner.record(batch)
-        return recording, self._cotangents(recording.outputs.detach(), batch)
+        for group in sizing.groups(self._batches(examples)):
+            recording = planner.record(Batch.joined(group))
+            if (unused := recording.plan.unused) and not warned:
+                warned = True
+                warnings.warn(
+                    f"The outputs do not depend on {', '.join(unused)}: their gradients are zero. "
+                    "Leave them out by `layer_collection=LayerCollection.from_model(model, layers=...)`.",
+                    stacklevel=2,
+                )
+            c = self._cotangents_of(recording.outputs, group)
+            step = ceil(c.count / ceil(min(c.count, max(1, c.count * load(recording)))))
+            for start in range(0, c.count, step):
+                stop, more = min(start + step, c.count), start + step < c.count
+                yield recording.records(c.chunk(start, stop), first=start == 0, retain=more, count=c.count)
+            del recording  # before the next forward
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """F v, like v (..., P): for each mini-batch J v, the metric at the outputs, and the pull-back.
@@ -191,6 +163,12 @@ class JacobianGenerator(Generator):
             n += batch.n_examples if batch.first else 0
         return {name: total / n for name, total in sums.items()}, n
 
+    def _cotangents_of(self, outputs: Tensor, group: list[Batch]) -> Cotangents:
+        """Those of several mini-batches as one."""
+        sizes = [batch.size for batch in group]
+        parts = zip(outputs.detach().split(sizes), group, strict=True)
+        return joined([self._cotangents(*part) for part in parts], sizes)
+
     def _cotangents(self, outputs: Tensor, batch: Batch) -> Cotangents:
         check_outputs(outputs, batch, self.model, self.function)
         if self.n_output is not None and self.n_output != (found := self.estimator.variant.n_output(outputs)):
@@ -207,8 +185,3 @@ class JacobianGenerator(Generator):
         check_mode(self.model)
         self.estimator.reset()
         return self._sweeps.batches(examples, self.device, self.verbose)
-
-
-def _load(recording: Recording) -> float:
-    """What one cotangent takes of what one backward pass may hold."""
-    return max(recording.elements() / BUDGET, recording.largest() / LARGEST)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -136,7 +136,7 @@ class Recording:
         else:
             last = len(c) - 1
             rows = [_backward(self.outputs, edges, row, retain or j < last, batched=False) for j, row in enumerate(c)]
-            flat = [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)]
+            flat = [None if row[0] is None else _stacked(row) for row in zip(*rows, strict=True)]
         found: dict[str, list[list[Tensor | None]]] = {name: [] for name in self.seen.calls}
         for name, call in calls:
             found[name].append([None if edge is None else flat.pop(0) for edge in call.outputs])
@@ -160,8 +160,11 @@ class Recording:
 
         None in most batches.
         """
-        noise, found, reached = random_like(self.outputs), list[int](), set[str]()
-        if not names or not self.outputs.requires_grad or not self._reached(names, noise, rounding):
+        found, reached = list[int](), set[str]()
+        if not names or not self.outputs.requires_grad:
+            return found, reached
+        noise = random_like(self.outputs)
+        if not self._reached(names, noise, rounding):
             return found, reached
         for e in range(self.batch.size):
             alone = torch.zeros_like(noise)
@@ -229,6 +232,10 @@ def _picked(layer: Layer, names: dict[str, str], compute: Callable[[], dict[str,
         return assemble(layer, {names[name]: found[name] for name in names}, like.shape[:2], like)
 
     return Computed(dense)
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0][None] if len(rows) == 1 else torch.stack(tuple(rows))
 
 
 def _backward(outputs: Tensor, edges: list, c: Tensor, retain: bool, batched: bool) -> tuple[Tensor | None, ...]:

@@ -34,6 +34,8 @@ class Layout:
             return tensor
         axis = self.axis + lead
         m = tensor.shape[axis] // b
+        if m == 1 and self.axis == 0:
+            return tensor.unsqueeze(axis + 1)
         return tensor.unflatten(axis, (m, b) if self.position_major else (b, m)).movedim(
             axis + self.position_major, lead
         )

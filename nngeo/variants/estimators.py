@@ -22,6 +22,15 @@ class Estimator(ABC):
     def __call__(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         """Cotangents at outputs (b, ...), which are validated first and detached."""
 
+    def count(self, outputs: Tensor, targets: tuple[Any, ...] = ()) -> int:
+        """The number of cotangents at outputs (b, ...); nothing is drawn."""
+        return self(outputs, targets).count
+
+    @property
+    def kind(self) -> tuple:
+        """Equal where outputs of the same shape have as many cotangents."""
+        return type(self), self.variant.name
+
     @property
     def by_example(self) -> bool:
         """Whether an example has the same cotangents in any batch, so that batches may be split."""
@@ -74,6 +83,14 @@ class MonteCarlo(Estimator):
             return torch.stack([Cotangents.from_tensor(one(draw)[None]).metric(v) for draw in draws]).sum(0)
 
         return Cotangents(self.trials, chunk, metric)
+
+    def count(self, outputs: Tensor, targets: tuple[Any, ...] = ()) -> int:
+        """The number of draws."""
+        return self.trials
+
+    @property
+    def kind(self) -> tuple:
+        return *super().kind, self.trials
 
     @property
     def by_example(self) -> bool:

@@ -1,0 +1,97 @@
+"""How many examples are run at a time: mini-batches are joined where they are small, and split where they are large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from nngeo.generators.batches import Batch
+from nngeo.generators.independence import FEW
+from nngeo.generators.plans import Planner
+from nngeo.generators.recording import Recording
+from nngeo.variants import Cotangents, Estimator
+
+# Elements of gradients at the layers' outputs that one backward pass may hold (2**25 are 128 MiB in float32), and at
+# one of them: beyond 32 MiB the C library takes memory for each tensor anew from the system, which costs time.
+BUDGET = 2**25
+LARGEST = 2**22
+
+# Examples whose forward is run together even where the gradients of all cotangents would not fit.
+TOGETHER = 8
+
+# The part of the budget up to which small mini-batches are joined, and the elements of their inputs.
+JOINED = 1 / 32
+INPUTS = 2**18
+
+
+def load(recording: Recording) -> float:
+    """What one cotangent takes of what one backward pass may hold."""
+    return max(recording.elements() / BUDGET, recording.largest() / LARGEST)
+
+
+class Sizing:
+    """The sizes for one sweep. What an example takes is found out on a few, once for each shape.
+
+    Examples are independent, so that they can be run in other company than the loader's. Cotangents are those of the
+    loader's mini-batches as long as these are not split: draws are made for a whole one.
+
+    Args:
+        splits: whether large mini-batches may be split.
+    """
+
+    def __init__(self, planner: Planner, estimator: Estimator, splits: bool):
+        self._planner, self._estimator = planner, estimator
+        self._splits = splits and estimator.by_example
+        self._joins = estimator.variant.by_example
+
+    def groups(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+        """What is run at a time: small neighbours of the same shapes, one mini-batch, or a part of it."""
+        waiting: list[Batch] = []
+        taken = 0.0
+        for batch in batches:
+            fraction = self._fraction(batch)
+            like = bool(waiting) and waiting[0].kind == batch.kind and waiting[0].shapes() == batch.shapes()
+            if waiting and not (like and taken + fraction <= 1):
+                yield waiting
+                waiting, taken = [], 0.0
+            if fraction <= 0.5:
+                waiting.append(batch.copied())  # a loader may fill the same tensors again
+                taken += fraction
+            else:
+                yield from ([part] for part in self._parts(batch))
+        if waiting:
+            yield waiting
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        if not self._splits or batch.size <= TOGETHER:
+            return [batch]
+        return batch.parts(max(TOGETHER, int(1 / max(self._load(batch), 1e-9))))
+
+    def _fraction(self, batch: Batch) -> float:
+        """What a mini-batch takes of a group of small ones."""
+        elements = sum(tensor.numel() for tensor in batch.tensors())
+        if not self._joins or not batch.joins or 2 * elements > INPUTS:
+            return 1.0
+        return max(batch.size * self._load(batch) / JOINED, elements / INPUTS)
+
+    def _load(self, batch: Batch) -> float:
+        """What all cotangents of one example take of what a backward pass may hold."""
+        known, key = self._planner.plan(batch).loads, (self._estimator.kind, tuple(batch.shapes()))
+        if key not in known:
+            few = batch.parts(FEW)[0]
+            recording = self._planner.record(few)
+            count = self._estimator.count(recording.outputs.detach(), few.targets(self._planner.function))
+            known[key] = load(recording) * count / few.size
+        return known[key]
+
+
+def joined(cotangents: list[Cotangents], sizes: list[int]) -> Cotangents:
+    """Those of several mini-batches, of these sizes, as one."""
+    if len(cotangents) == 1:
+        return cotangents[0]
+    return Cotangents(
+        cotangents[0].count,
+        lambda start, stop: torch.cat([c.chunk(start, stop) for c in cotangents], 1),
+        lambda v: torch.cat([c.metric(part) for c, part in zip(cotangents, v.split(sizes), strict=True)]),
+    )
