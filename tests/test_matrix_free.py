@@ -132,7 +132,14 @@ def test_a_jacobian_takes_many_vectors_both_ways():
     exact(J._vjp(u), torch.einsum("knp,skn->sp", at.jacobian, u))
 
 
-def test_what_torch_vectorises_wrongly_goes_row_by_row():
+@pytest.mark.parametrize("fault", ["wrong", "refused"])
+def test_what_torch_does_not_vectorise_goes_row_by_row(monkeypatch, fault):
+    def faulty(outputs, inputs, cotangents):
+        if fault == "refused":
+            raise RuntimeError("no batching rule")
+        return [torch.ones(len(cotangents[0]), *x.shape, dtype=x.dtype) for x in inputs]
+
+    monkeypatch.setattr(differentiable, "_grads", faulty)
     found = made("hessian", "group_norm")
     v = vectors("hessian", "group_norm", 3)
     exact(found.mv(v), v @ dense("hessian", "group_norm"))

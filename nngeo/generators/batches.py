@@ -123,11 +123,13 @@ class Batch:
         """The batch of all examples of batches that hold the same."""
         if len(batches) == 1:
             return batches[0]
-        return cls(tree_map(lambda *leaves: torch.cat(leaves), *[batch.content for batch in batches]))
+        with torch.inference_mode(False):
+            return cls(tree_map(lambda *leaves: torch.cat(leaves), *[batch.content for batch in batches]))
 
     def copied(self) -> Batch:
         """The same, with tensors of its own."""
-        return Batch(tree_map(torch.clone, self.content))
+        with torch.inference_mode(False):
+            return Batch(tree_map(torch.clone, self.content))
 
     def parts(self, most: int) -> list[Batch]:
         """Batches of at most so many of its examples, as equal in size as they can be; views of its tensors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ class Setting:
 
     def __init__(self, model: nn.Module, layers: LayerCollection):
         self.model, self.layers = model, layers
-        self.parameters = dict(layers.named_parameters(model))
+        self.parameters = list(layers.parameters(model))
         self._before = Snapshot(model)
-        wanted = {id(p) for p in self.parameters.values()}
+        wanted = {id(p) for p in self.parameters}
         self._flags = [(p, id(p) in wanted) for p in model.parameters()]
+        self._places: list[tuple[dict[str, Any], str, Tensor, int]] | None = None
         self._tangents: tuple[Tensor, list[Tensor]] | None = None
 
     @contextmanager
@@ -36,22 +38,34 @@ class Setting:
             self._before.restored(),
             torch.enable_grad(),
             plain_kernels(self.model),
-            warnings.catch_warnings(),
         ):
-            # The first forward-mode derivative of a process warns about torch's own use of torch.jit.
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-            # Where torch has no batching rule, the vectorised pass is a loop: as fast as one written here.
-            warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
             for p, flag in self._flags:
                 if p.requires_grad != flag:
                     p.requires_grad_(flag)
             yield
 
+    @contextmanager
+    def replaced(self, root: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, a module that calls the model finds these tensors in place of the parameters."""
+        if self._places is None:
+            index = {id(p): j for j, p in enumerate(self.parameters)}
+            found = [
+                (module._parameters, name, p) for module in root.modules() for name, p in module._parameters.items()
+            ]
+            self._places = [(own, name, p, index[id(p)]) for own, name, p in found if p is not None and id(p) in index]
+        try:
+            for own, name, _, j in self._places:
+                own[name] = tensors[j]
+            yield
+        finally:
+            for own, name, p, _ in self._places:
+                own[name] = p
+
     def tangents(self, v: Tensor) -> list[Tensor]:
         """(1, P) -> the tangent of every parameter; kept for the next mini-batch."""
         if self._tangents is None or self._tangents[0] is not v:
             # Dual numbers copy a tangent that has not the memory of its own which its parameter has.
-            parts = zip(split_by_parameter(self.layers, v), self.parameters.values(), strict=True)
+            parts = zip(split_by_parameter(self.layers, v), self.parameters, strict=True)
             with torch.inference_mode(False), torch.no_grad():
                 self._tangents = v, [torch.empty_like(p, requires_grad=False).copy_(part[0]) for part, p in parts]
         return self._tangents[1]
@@ -60,7 +74,18 @@ class Setting:
 @contextmanager
 def differentiable(model: nn.Module, layers: LayerCollection) -> Iterator[None]:
     """The setting of a single use."""
-    with Setting(model, layers).entered():
+    with Setting(model, layers).entered(), quiet():
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of torch about itself."""
+    with warnings.catch_warnings():
+        # The first forward-mode derivative of a process warns about torch's own use of torch.jit.
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        # Where torch has no batching rule, the vectorised pass is a loop: as fast as one written here.
+        warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
         yield
 
 
@@ -76,14 +101,6 @@ def joined(grads: Sequence[Tensor | None], parameters: Sequence[Tensor], m: int)
         [p.new_zeros(m, p.numel()) if g is None else g.reshape(m, -1) for g, p in zip(grads, parameters, strict=True)],
         -1,
     )
-
-
-def added(totals: list[Tensor | None] | None, grads: list[Tensor | None], own: bool) -> list[Tensor | None]:
-    """The sums of gradients by every parameter, None being zero; in place, where the totals are our `own`."""
-    if totals is None:
-        return grads
-    pairs = zip(totals, grads, strict=True)
-    return [x if y is None else y if x is None else x.add_(y) if own else x + y for x, y in pairs]
 
 
 class Backward:
@@ -120,7 +137,7 @@ class Backward:
         m = len(cotangents[0])
         if m > 1 and self._vectorized is not False:
             try:
-                found = _grad(outputs, inputs, cotangents, batched=True)
+                found = _grads(outputs, inputs, cotangents)
                 self._vectorized = self._vectorized or _combines(found, outputs, inputs, cotangents)
             except (RuntimeError, NotImplementedError):
                 self._vectorized = False  # what is wrong in itself is so row by row, too
@@ -130,14 +147,28 @@ class Backward:
 
 
 def _grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool = False
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, retain_graph=True, is_grads_batched=batched, allow_unused=True
-    )
+    return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+
+
+def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+    """The same for many cotangents at once. (`is_grads_batched` is a loop in most operations, torch 2.13.)"""
+    unused: list[bool] = []
+
+    def used(*cotangents: Tensor) -> list[Tensor]:
+        found = _grad(outputs, inputs, cotangents)
+        unused[:] = [g is None for g in found]
+        return [g for g in found if g is not None]
+
+    with quiet():
+        rows = iter(torch.vmap(used)(*cotangents))
+    return [None if nothing else next(rows) for nothing in unused]
 
 
 def _stacked(rows: list[tuple[Tensor | None, ...]]) -> list[Tensor | None]:
+    if len(rows) == 1:
+        return [None if part is None else part[None] for part in rows[0]]
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
 
 
@@ -162,6 +193,11 @@ class Footprint:
 
     def __init__(self) -> None:
         self._rate: float | None = None  # elements kept for each element of a batch
+
+    @property
+    def known(self) -> bool:
+        """Whether it has been found."""
+        return self._rate is not None
 
     def of(self, batch: Batch, model: nn.Module, run: Callable[[Batch], Tensor]) -> int:
         """The number for a batch; `run` is a differentiable function of it. Costs a forward of two examples, once."""

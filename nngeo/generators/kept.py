@@ -38,7 +38,7 @@ class KeptJacobian(Kept):
 
     def mv(self, rows: Tensor) -> Tensor:
         total, n = self.products().mv(rows)
-        return total / n
+        return total.div_(n)
 
     def products(self) -> WholeModelProducts:
         return WholeModelProducts(self._points, self.layers)

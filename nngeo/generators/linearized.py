@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,17 +14,25 @@ from torch.utils.checkpoint import CheckpointError
 
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.differentiable import (
+    BUDGET,
     Backward,
     Footprint,
     Setting,
     differentiable,
     joined,
+    quiet,
     split_by_parameter,
 )
 from nngeo.generators.independence import FirstExamples, check_independence
+from nngeo.generators.lean import Lean
 from nngeo.generators.sources import Replay
 from nngeo.layers.collection import LayerCollection
-from nngeo.layers.replace import call_with
+
+# Elements that one vector leaves in memory from which on many, taken together, are slower than one by one on a CPU.
+LARGE = 2**19
+
+# Elements that the graph of mini-batches run at a time may keep: 2**25 are 128 MiB in float32.
+KEPT = 2**25
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,13 @@ class Linearized:
     """Outputs (b, ...) of a batch, J v (m, b, ...) for v (m, P), and the pull-back of w (m, b, ...).
 
     The pull-back is a gradient (m, *shape) by every parameter; None is zero. Where it was made for one vector, `push`
-    knows the answer for this one only.
+    knows the answer for this one only. `together()` says how many vectors are best taken at a time.
     """
 
     outputs: Tensor
     push: Callable[[Tensor], Tensor]
     pull: Callable[[Tensor], list[Tensor | None]]
+    together: Callable[[], int]
 
 
 class Linearizer:
@@ -50,6 +60,7 @@ class Linearizer:
 
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection):
         self.model, self.function, self.layers = model, function, layers
+        self._replay = Replay(model, function)
         padded = any(getattr(module, "padding_idx", None) is not None for module in model.modules())
         self._forward_mode = not padded
         self._known = False  # whether the first mini-batch has been looked at
@@ -79,15 +90,26 @@ class Linearizer:
             check_independence(self.model, self.function, examples)
         self._known = True
         try:
-            self._forward_mode = self._forward_mode and self._is_adjoint(examples.few)
+            with quiet():
+                self._forward_mode = self._forward_mode and self._is_adjoint(examples.few)
         except (NotImplementedError, RuntimeError) as error:
             if not any(words in str(error) for words in ("forward AD", "forward mode AD", "forward-mode")):
                 raise
             self._forward_mode = False
 
+    def load(self, batch: Batch) -> float:
+        """What the graph of one example takes of a budget."""
+        self.look_at(batch)
+        return self.kept(batch) / batch.size / KEPT
+
+    def kept(self, batch: Batch) -> int:
+        """Elements that the graph of a batch keeps; the first time, it costs a forward of two examples."""
+        with nullcontext() if self.footprint.known else differentiable(self.model, self.layers):
+            return self.footprint.of(batch, self.model, self.run)
+
     def run(self, batch: Batch) -> Tensor:
         """The outputs (b, ...), with their graph."""
-        return Replay(self.model, self.function)(batch.content)
+        return self._replay(batch.content)
 
     def _is_adjoint(self, batch: Batch) -> bool:
         """Whether <w, J v> = <J' w, v> for random v and w: forward mode and gradients are of one function."""
@@ -98,7 +120,7 @@ class Linearizer:
         found = self._forward(batch, v, setting)
         w = torch.randn(1, *found.outputs.shape, generator=generator, device="cpu").to(found.outputs)
         # The gradients by the parameters themselves, which the function may hold outside of the model, too.
-        pulled = joined(ReverseGraph(self, batch, setting).pull(w, setting), list(setting.parameters.values()), 1)
+        pulled = joined(ReverseGraph(self, batch, setting).pull(w, setting), setting.parameters, 1)
         products, others = (w * found.push(v)).double(), (pulled.to(v) * v).double()
         scale = products.norm() + others.norm()
         tolerance = 10 * torch.finfo(found.outputs.dtype).eps ** 0.5
@@ -106,28 +128,25 @@ class Linearizer:
 
     def _forward(self, batch: Batch, rows: Tensor, setting: Setting) -> Linearized:
         tangents = setting.tangents(rows)
-        with setting.entered():
-            leaves = {name: p.detach().requires_grad_() for name, p in setting.parameters.items()}
-            with forward_ad.dual_level():
-                duals = {
-                    f"model.{name}": forward_ad.make_dual(leaf, tangent)
-                    for (name, leaf), tangent in zip(leaves.items(), tangents, strict=True)
-                }
-                outputs = call_with(Replay(self.model, self.function), duals, (batch.content,), {})
-                outputs, tangent = forward_ad.unpack_dual(outputs)
+        with setting.entered(), forward_ad.dual_level():
+            with torch._C.DisableTorchFunction():  # whose modes would look at every step
+                leaves = [p.detach().requires_grad_() for p in setting.parameters]
+                duals = [forward_ad.make_dual(leaf, tangent) for leaf, tangent in zip(leaves, tangents, strict=True)]
+            with Lean(dual=True), setting.replaced(self._replay, duals):
+                outputs = self.run(batch)
+            outputs, tangent = forward_ad.unpack_dual(outputs)
 
         def pull(w: Tensor) -> list[Tensor | None]:
-            inputs = list(leaves.values())
-            found: list[Tensor | None] = [None] * len(inputs)
+            found: list[Tensor | None] = [None] * len(leaves)
             if outputs.requires_grad:
                 try:
-                    found = self.pull([outputs], inputs, [w.to(outputs)], sum(leaf.numel() for leaf in inputs))
+                    found = self.pull([outputs], leaves, [w.to(outputs)], 1)
                 except CheckpointError:  # activation checkpointing has run the model again, with its own parameters
                     return ReverseGraph(self, batch, setting).pull(w, setting)
             return found
 
         pushed = (torch.zeros_like(outputs) if tangent is None else tangent).detach()[None]
-        return Linearized(outputs.detach(), lambda rows: pushed, pull)
+        return Linearized(outputs.detach(), lambda rows: pushed, pull, lambda: 1)
 
 
 class ReverseGraph:
@@ -140,8 +159,9 @@ class ReverseGraph:
 
     def __init__(self, linearizer: Linearizer, batch: Batch, setting: Setting):
         self._by, self.size = linearizer, batch.size
-        self._leaves = list(setting.parameters.values())
-        with setting.entered():
+        self._leaves = setting.parameters
+        self._lean = Lean(dual=False)
+        with setting.entered(), self._lean:
             self._outputs = linearizer.run(batch)
         self.outputs = self._outputs.detach()
         self._batch = batch
@@ -149,13 +169,18 @@ class ReverseGraph:
 
     def linearized(self, setting: Setting) -> Linearized:
         """Its products, in the setting of one."""
-        return Linearized(self.outputs, partial(self.push, setting=setting), partial(self.pull, setting=setting))
+        push, pull = partial(self.push, setting=setting), partial(self.pull, setting=setting)
+        return Linearized(self.outputs, push, pull, self.together)
+
+    def together(self) -> int:
+        """How many vectors are best taken at a time: one where what it leaves in memory is more than a cache holds."""
+        elements = self.elements()
+        alone = self.outputs.device.type == "cpu" and elements - self._by.layers.numel() >= LARGE
+        return 1 if alone else max(1, BUDGET // elements)
 
     def elements(self) -> int:
         """What one of many vectors may hold at a time; the first time, it costs a forward of two examples."""
-        with differentiable(self._by.model, self._by.layers):
-            kept = self._by.footprint.of(self._batch, self._by.model, self._by.run)
-        return self._by.layers.numel() + kept
+        return self._by.layers.numel() + self._by.kept(self._batch)
 
     def push(self, rows: Tensor, setting: Setting) -> Tensor:
         """J v (m, b, ...) for each row v of (m, P): a backward through the graph of a backward."""
@@ -166,10 +191,9 @@ class ReverseGraph:
         with setting.entered():
             if self._pulled is None:
                 w = torch.zeros_like(self._outputs, requires_grad=True)
-                self._pulled = (
-                    w,
-                    torch.autograd.grad(self._outputs, self._leaves, w, create_graph=True, allow_unused=True),
-                )
+                with self._lean.transposing():
+                    grads = torch.autograd.grad(self._outputs, self._leaves, w, create_graph=True, allow_unused=True)
+                self._pulled = w, grads
             w, pulled = self._pulled
             tangents = split_by_parameter(layers, rows.to(self.outputs))
             pairs = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None and g.requires_grad]

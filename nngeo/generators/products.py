@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nngeo.generators.differentiable import BUDGET, added
+from nngeo.generators.differentiable import BUDGET
 from nngeo.generators.linearized import Linearized
 from nngeo.generators.record import BatchRecord
 from nngeo.layers.collection import LayerCollection
@@ -24,8 +24,10 @@ class Point:
     size: int
 
     def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Rows (m, ...) in parts for which (m, b, *outputs) fit a budget."""
-        return rows.split(max(1, BUDGET // max(1, self.at.outputs.numel())))
+        """Rows (m, ...) in parts that are best taken together, and for which (m, b, *outputs) fit a budget."""
+        if len(rows) == 1:
+            return (rows,)
+        return rows.split(min(self.at.together(), max(1, BUDGET // max(1, self.at.outputs.numel()))))
 
     def contracted(self, rows: Tensor) -> Tensor:
         """(m, k, b), the products of J v with the cotangents, for the rows v of (m, P)."""
@@ -35,42 +37,27 @@ class Point:
 
 
 class Pulled:
-    """The sum (m, P) over mini-batches of what was pulled back, kept by parameter until the end if m is 1."""
+    """The sum (m, P) over mini-batches of what was pulled back."""
 
     def __init__(self, layers: LayerCollection, like: Tensor):
-        self._layers, self._like, self._rows = layers, like, len(like)
-        self._flat: Tensor | None = None
-        self._parts: list[Tensor | None] | None = None
-        self._own = False  # what autograd returns may be one tensor for two parameters
+        self._sizes = [size for layer in layers.layers.values() for size in layer.sizes()]
+        self._sums = like.new_empty(len(like), layers.numel())
+        self._written = 0  # rows
 
     def add(self, grads: list[Tensor | None], start: int, m: int) -> None:
         """Gradients (m, *shape) by every parameter for the rows from `start`."""
-        if self._rows == 1:
-            before = self._parts
-            grads = [None if g is None else g.to(self._like) for g in grads]  # no sums in half precision
-            self._parts = added(before, grads, self._own)
-            self._own = before is not None and all(x is not y for x, y in zip(self._parts, grads, strict=True))
-            return
-        if self._flat is None:
-            self._flat = self._like.new_zeros(self._rows, self._layers.numel())
-        column = 0
-        for grad, size in zip(grads, self._sizes(), strict=True):
-            if grad is not None:
-                self._flat[start : start + m, column : column + size] += grad.reshape(m, size).to(self._flat)
-            column += size
+        first, self._written = start >= self._written, max(self._written, start + m)
+        for grad, part in zip(grads, self._sums[start : start + m].split(self._sizes, -1), strict=True):
+            if grad is None:
+                part.zero_() if first else None
+                continue
+            # In the shape of the gradient: what is not in the order of memory need not be copied first.
+            own = part.view(grad.shape)
+            own.copy_(grad) if first else own.add_(grad)
 
     def total(self) -> Tensor:
         """(m, P), a new tensor."""
-        if self._rows != 1 or self._parts is None:
-            return self._like.new_zeros(self._rows, self._layers.numel()) if self._flat is None else self._flat
-        zeros = self._like.new_zeros
-        flat = [
-            zeros(size) if g is None else g.reshape(size) for g, size in zip(self._parts, self._sizes(), strict=True)
-        ]
-        return torch.cat(flat)[None]
-
-    def _sizes(self) -> list[int]:
-        return [size for layer in self._layers.layers.values() for size in layer.sizes()]
+        return self._sums if self._written else self._sums.zero_()
 
 
 class WholeModelProducts:
@@ -90,7 +77,9 @@ class WholeModelProducts:
             at, metric, n = point.at, point.cotangents.metric, n + point.size
             start = 0
             for rows in point.chunks(v):
-                sums.add(at.pull(torch.stack([metric(row) for row in at.push(rows)])), start, len(rows))
+                products = [metric(row) for row in at.push(rows)]
+                w = torch.stack(products) if len(products) > 1 else products[0][None]
+                sums.add(at.pull(w), start, len(rows))
                 start += len(rows)
         return sums.total(), n
 

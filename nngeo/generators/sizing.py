@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -30,20 +30,31 @@ def load(recording: Recording) -> float:
     return max(recording.elements() / BUDGET, recording.largest() / LARGEST)
 
 
+def load_of_records(planner: Planner, estimator: Estimator, batch: Batch) -> float:
+    """What all cotangents of one example take of it; found out on a few examples, once for each shape."""
+    known, key = planner.plan(batch).loads, (estimator.kind, tuple(batch.shapes()))
+    if key not in known:
+        few = batch.parts(FEW)[0]
+        recording = planner.record(few)
+        count = estimator.count(recording.outputs.detach(), few.targets(planner.function))
+        known[key] = load(recording) * count / few.size
+    return known[key]
+
+
 class Sizing:
-    """The sizes for one sweep. What an example takes is found out on a few, once for each shape.
+    """How the mini-batches of a sweep are put together.
 
     Examples are independent, so that they can be run in other company than the loader's. Cotangents are those of the
     loader's mini-batches as long as these are not split: draws are made for a whole one.
 
     Args:
+        load: what one example of a batch takes of a budget.
         splits: whether large mini-batches may be split.
+        joins: whether small ones may be joined.
     """
 
-    def __init__(self, planner: Planner, estimator: Estimator, splits: bool):
-        self._planner, self._estimator = planner, estimator
-        self._splits = splits and estimator.by_example
-        self._joins = estimator.variant.by_example
+    def __init__(self, load: Callable[[Batch], float], splits: bool, joins: bool):
+        self._load, self._splits, self._joins = load, splits, joins
 
     def groups(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         """What is run at a time: small neighbours of the same shapes, one mini-batch, or a part of it."""
@@ -74,16 +85,6 @@ class Sizing:
         if not self._joins or not batch.joins or 2 * elements > INPUTS:
             return 1.0
         return max(batch.size * self._load(batch) / JOINED, elements / INPUTS)
-
-    def _load(self, batch: Batch) -> float:
-        """What all cotangents of one example take of what a backward pass may hold."""
-        known, key = self._planner.plan(batch).loads, (self._estimator.kind, tuple(batch.shapes()))
-        if key not in known:
-            few = batch.parts(FEW)[0]
-            recording = self._planner.record(few)
-            count = self._estimator.count(recording.outputs.detach(), few.targets(self._planner.function))
-            known[key] = load(recording) * count / few.size
-        return known[key]
 
 
 def joined(cotangents: list[Cotangents], sizes: list[int]) -> Cotangents:
