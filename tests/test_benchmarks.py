@@ -6,6 +6,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -50,22 +51,23 @@ def test_a_sweep_executes_what_its_floor_counts(network):
 
 
 # EKFAC: inputs and output gradients are rotated at every position, also where rotating their products is cheaper.
-# NTK: the order is chosen for each pair of batches, not for all examples.
-ABOVE_FLOOR = {"linearized": 1.02, "ekfac": 1.2, "ekfac_mc": 2.8, "ntk": 1.5, "mv": 1.02}
+# NTK: the order is chosen for each pair of batches, not for all examples, and symmetric products of few rows are taken in
+# full.
+ABOVE_FLOOR = {"linearized": 1.02, "ekfac": 1.12, "ekfac_mc": 2.75, "ntk": 1.8, "mv": 1.02}
 
 
 @pytest.mark.parametrize(("network", "job"), EVERY_JOB)
 def test_jobs_execute_little_more_than_their_floor(network, job):
     made = problem(network, quick=True)
     floor = floors.FLOORS[job](shapes_of(made)).multiply_adds
-    assert executed(made, job).multiply_adds <= ABOVE_FLOOR.get(job, 1.1) * floor
+    assert executed(made, job).multiply_adds <= ABOVE_FLOOR.get(job, 1.06) * floor
 
 
 @pytest.mark.parametrize("job", GROWING)
 def test_operations_are_linear_in_batches(job):
     once, thrice = executed(small(batches=1), job), executed(small(batches=3), job)
     assert thrice.multiply_adds == 3 * once.multiply_adds
-    assert thrice.written <= 3 * once.written
+    assert thrice.written <= 3.05 * once.written  # the inputs of small batches are copied together
 
 
 @pytest.mark.parametrize("job", GROWING)
@@ -75,21 +77,59 @@ def test_operations_are_linear_in_the_examples_of_a_batch(job):
     assert many.written <= 3 * few.written
 
 
-AXES: dict[str, tuple[Callable[[int], Problem], int, int]] = {
-    "outputs": (lambda r: small(classes=r), 6, 24),
-    "width": (lambda w: small(width=w), 8, 32),
-    "depth": (lambda d: small(depth=d), 2, 8),
-    "examples": (lambda n: small(n=n), 3, 12),
+AXES: dict[str, tuple[Callable[[int], Problem], tuple[int, ...]]] = {
+    "outputs": (lambda r: small(n=2, batches=1, classes=r), (10, 100, 1000)),
+    "width": (lambda w: small(width=w), (8, 32, 128)),
+    "depth": (lambda d: small(depth=d), (2, 8, 32)),
+    "examples": (lambda n: small(n=n), (3, 12, 48)),
+    "batches": (lambda n: small(batches=n), (1, 4, 16)),
 }
+each_axis = pytest.mark.parametrize("axis", AXES)
+each_job = pytest.mark.parametrize("job", JOBS)
 
 
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("job", [*GROWING, "ekfac", "ntk"])
+@cache
+def grown(axis: str, job: str) -> list[tuple[Operations, floors.Cost]]:
+    """What is executed, and what is needed, at each size."""
+    build, sizes = AXES[axis]
+    return [(executed(build(size), job), floors.FLOORS[job](shapes_of(build(size)))) for size in sizes]
+
+
+@each_axis
+@each_job
 def test_operations_grow_no_faster_than_the_mathematics(job, axis):
-    build, low, high = AXES[axis]
-    needed = [floors.FLOORS[job](shapes_of(build(size))).multiply_adds for size in (low, high)]
-    found = [executed(build(size), job).multiply_adds for size in (low, high)]
-    assert found[1] / found[0] <= 1.1 * needed[1] / needed[0]
+    above = [found.multiply_adds / needed.multiply_adds for found, needed in grown(axis, job)]
+    assert max(above) <= (2 if job == "ntk" else 1.1)  # of small kernels both halves are computed, which are equal
+
+
+@each_axis
+@each_job
+def test_entries_written_grow_no_faster_than_the_mathematics(job, axis):
+    # Sizes grow by 4 or 10: one power more would show, while lower powers lose their weight.
+    few, some, many = (found.written / (needed.entries + needed.fresh) for found, needed in grown(axis, job))
+    assert many <= 2 * some and some <= 3 * few
+
+
+@each_job
+def test_depth_costs_the_same_for_each_layer(job):
+    few, some, many = (executed(small(depth=depth), job) for depth in (4, 6, 8))
+    assert many.multiply_adds - some.multiply_adds == some.multiply_adds - few.multiply_adds
+    assert many.written - some.written == some.written - few.written
+
+
+@pytest.mark.parametrize("job", ["diag", "kfac", "ekfac", "jacobian"])
+def test_parts_of_a_batch_execute_what_the_whole_does(job, monkeypatch):
+    whole = executed(small(n=8), job)
+    monkeypatch.setattr("nngeo.generators.sizing.TOGETHER", 2)
+    monkeypatch.setattr("nngeo.generators.sizing.BUDGET", 400)  # all cotangents of two or three examples
+    parts, forwards = small(n=8), list[int]()
+    run = ours.JOBS[job](parts)
+    run()
+    parts.model.register_forward_hook(lambda module, args, out: forwards.append(len(out)))
+    run()  # with a plan that knows of the hook
+    forwards.clear()
+    assert operations(run).multiply_adds == whole.multiply_adds
+    assert max(forwards) <= 3 and sum(forwards) == 16
 
 
 @pytest.mark.parametrize("job", ["diag", "kfac", "mv", "jacobian", "ntk"])
@@ -101,15 +141,16 @@ def test_entries_written_grow_no_faster_than_outputs(job):
 
 
 @pytest.mark.parametrize(("job", "own"), [("diag_mc", 1), ("kfac_mc", 0)])
-def test_more_outputs_cost_monte_carlo_the_last_layer_only(job, own):
-    n, i, few, many = 8, 128, 5, 20
+@pytest.mark.parametrize(("few", "many"), [(5, 20), (10, 1000)])
+def test_more_outputs_cost_monte_carlo_the_last_layer_only(job, own, few, many):
+    n, i = 8, 128
     forward_backward_and_own = (2 + own) * n * i * (many - few) + own * n * (many - few)
     output_factor = (1 - own) * n * (many**2 - few**2)
     found = [executed(small(classes=classes, width=i), job).multiply_adds for classes in (few, many)]
     assert found[1] - found[0] == forward_backward_and_own + output_factor
 
 
-@pytest.mark.parametrize("classes", [3, 10, 30])
+@pytest.mark.parametrize("classes", [3, 30, 300])
 def test_the_diagonal_of_a_linear_layer_costs_one_product_whatever_the_outputs(classes):
     made = classification("linear", nn.Linear(7, classes, bias=False), (7,), 1, 5, classes)
     assert executed(made, "diag").multiply_adds == 2 * 5 * 7 * classes  # the forward, and the squares

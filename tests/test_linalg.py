@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from nngeo.linalg.cg import conjugate_gradients
 from nngeo.linalg.kronecker import KroneckerBasis, eigenbasis, outer
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.outer import OuterProducts
-from nngeo.linalg.selected import SelectedProducts
+from nngeo.linalg.selected import SelectedProducts, concatenate
 from nngeo.linalg.symmetric import SymmetricMatrix, reciprocal
 
 
@@ -210,6 +211,130 @@ def test_the_input_moment_of_selected_rows_is_that_of_one_hot_inputs(positions):
     dense = OuterProducts(hot[None], products.g)
     assert_close(torch.diag_embed(products.input_moment("expand")), dense.input_moment("expand"))
     assert_close(products.input_moment("reduce"), dense.input_moment("reduce"))
+
+
+# Groups n, cotangents k, examples b, positions t, outputs o, inputs i: around every choice of a product's form.
+SIZES = [
+    *[(1, k, 3, 16, o, i) for k in (1, 9) for o in (6, 32) for i in (27, 28)],
+    *[(1, 1, 3, 300, 6, 27), (1, 9, 2, 300, 32, 27), (1, 9, 2, 16, 64, 577), (1, 1, 2, 300, 64, 577)],
+    *[(2, 9, 3, 16, 6, 28), (2, 1, 3, 300, 32, 27), (2, 2, 2, 16, 64, 577)],
+    *[(1, 9, 4, 1, 64, 577), (2, 9, 4, 1, 6, 27), (1, 1, 1, 1, 32, 28), (1, 1, 1, 16, 32, 27)],
+]
+LAYOUTS = {
+    "as a tensor": lambda a: a,
+    "by feature": lambda a: a.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "by example": lambda a: a.mT.contiguous().mT,
+}
+
+
+def in_layout(layout: str, a: torch.Tensor, g: torch.Tensor) -> OuterProducts:
+    """The same products; inputs that are made when they are asked for come in new memory."""
+    if layout == "as a tensor":
+        return OuterProducts(a, g)
+    # What is asked for is a hint, which inputs need not follow.
+    return OuterProducts(lambda examples, by_example: LAYOUTS[layout](a[:, examples]), g, a.shape[-1])
+
+
+@pytest.fixture(params=[None, 1, 3000], ids=["usual parts", "parts of one", "parts of some"])
+def parts(request, monkeypatch):
+    """Small temporaries: parts of examples, and of rows."""
+    if request.param is not None:
+        monkeypatch.setattr("nngeo.linalg.squares.CACHED", request.param)
+        monkeypatch.setattr("nngeo.linalg.outer.CACHED", request.param)
+        monkeypatch.setattr("nngeo.linalg.outer.PART", request.param)
+
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
+each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Up to rounding of sums whose terms are as large as the largest entry."""
+    atol = float(expected.abs().max()) * (1e-12 if found.dtype == torch.float64 else 1e-5)
+    assert_close(found.double(), expected, rtol=0, atol=atol)
+
+
+def factors(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    n, k, b, t, o, i = sizes
+    return randn(n, b, t, i).to(dtype), randn(n, k, b, t, o, seed=1).to(dtype)
+
+
+@cache
+def dense(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """(k, b, n, o, i), in float64."""
+    a, g = factors(sizes, dtype)
+    return torch.einsum("nkbto,nbti->kbnoi", g.double(), a.double())
+
+
+@each_dtype
+@each_layout
+@each_size
+def test_squares_are_those_of_sums_over_positions(sizes, layout, dtype, parts):
+    products = in_layout(layout, *factors(sizes, dtype))
+    near(products.squares(), dense(sizes, dtype).square().sum((0, 1)))
+
+
+@each_dtype
+@each_layout
+@each_size
+def test_input_moments_are_sums_of_outer_products(sizes, layout, dtype, parts):
+    a, g = factors(sizes, dtype)
+    products, into = in_layout(layout, a, g), torch.ones(len(a), a.shape[-1], a.shape[-1], dtype=dtype)
+    expected = torch.einsum("nbti,nbtj->nij", a.double(), a.double())
+    near(products.input_moment(), expected)
+    near(products.input_moment(into=into), expected + 1)
+    mean = a.double().mean(2)
+    near(products.input_moment("reduce"), torch.einsum("nbi,nbj->nij", mean, mean))
+
+
+@each_dtype
+@each_layout
+@each_size
+def test_squares_of_rotated_gradients_are_those_in_the_bases(sizes, layout, dtype):
+    n, _, _, _, o, i = sizes
+    ua, ug = torch.linalg.qr(randn(n, i, i))[0].to(dtype), torch.linalg.qr(randn(n, o, o))[0].to(dtype)
+    rotated = in_layout(layout, *factors(sizes, dtype)).rotate(ua, ug)
+    expected = ug.double().mT @ dense(sizes, dtype) @ ua.double()
+    near(rotated.squares(), expected.square().sum((0, 1)))
+    near(rotated.one(0, 0).dense()[0, 0], expected[0, 0])
+
+
+@each_layout
+def test_every_entry_of_float32_squares_is_right_in_most_digits(layout):
+    """Sums of squares do not cancel: neither may what is small beside the rest."""
+    a, g = randn(1, 4, 16, 27), randn(1, 9, 4, 16, 32, seed=1)
+    a *= torch.logspace(-6, 0, 27, dtype=torch.float64)
+    a, g = a.float(), g.float()
+    expected = torch.einsum("nkbto,nbti->nkboi", g.double(), a.double()).square().sum((1, 2))
+    assert_close(in_layout(layout, a, g).squares().double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["by feature", "by example"])
+def test_gradients_of_one_example_are_made_from_its_inputs_only(layout):
+    asked, (a, g) = [], factors((2, 3, 5, 4, 6, 7), torch.float64)
+    products = OuterProducts(
+        lambda examples, by_example: asked.append(examples) or LAYOUTS[layout](a[:, examples]), g, 7
+    )
+    near(products.one(1, 3).dense()[0, 0], dense((2, 3, 5, 4, 6, 7), torch.float64)[1, 3])
+    assert asked and all(range(5)[examples] == range(3, 4) for examples in asked)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("job", [OuterProducts.squares, OuterProducts.input_moment], ids=["squares", "input moment"])
+def test_every_input_is_made_once(job, calls, parts):
+    asked, (a, g) = [], factors((1, 2, 7, 4, 6, 27), torch.float64)
+    products = OuterProducts(lambda examples, by_example: asked.extend(range(7)[examples]) or a[:, examples], g, 27)
+    job(concatenate([products] * calls))
+    assert sorted(asked) == sorted([*range(7)] * calls)
+
+
+@each_layout
+def test_calls_of_one_map_are_further_positions(layout, parts):
+    shapes = (2, 3, 5, 4, 6, 7), (2, 3, 5, 2, 6, 7)
+    both = concatenate([in_layout(layout, *factors(sizes, torch.float64)) for sizes in shapes])
+    total = sum(dense(sizes, torch.float64) for sizes in shapes)
+    near(both.squares(), total.square().sum((0, 1)))
 
 
 VIEWS = [

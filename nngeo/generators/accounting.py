@@ -59,7 +59,8 @@ class Accounting:
         unused = set(truths[0].unused if check else ())
         choices = {name: self._candidates(name) for name in self.layers}
         sources = {name: self._first(name, choices[name], layouts, unused) for name in self.layers}
-        plan = Plan(self.uses, sources, layouts, shapes=self.examples.whole.shapes(), routed=routing.found)
+        whole = self.examples.whole
+        plan = Plan(self.uses, sources, layouts, shapes=whole.shapes(), routed=routing.found, apart=whole.apart())
         if not check:
             return plan
         plan.batched, plan.unused = self._can_batch(plan, truths[0]), truths[0].unused

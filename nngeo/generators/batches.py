@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 Function = Callable[..., Any]
 TARGET_KEYS = ("labels", "label", "target", "targets")
@@ -101,22 +101,19 @@ class Batch:
         with torch.inference_mode(False):
             return Batch(tree_map(move, self.content))
 
-    def examples(self, index: Tensor | slice) -> Batch:
-        """The batch that holds these examples only."""
-        size = self.size
+    def apart(self) -> list[bool]:
+        """Which of the leaves look as if they held one entry for each example."""
+        return [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == self.size for leaf in self.leaves]
 
-        def take(leaf: Any) -> Any:
-            if not (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size):
-                return leaf
-            return leaf[index if isinstance(index, slice) else index.to(leaf.device)]
-
+    def examples(self, index: Tensor | slice, apart: Sequence[bool] | None = None) -> Batch:
+        """The batch that holds these examples only; of leaves that are not `apart`, where that is known, the whole."""
+        here = self.apart() if apart is None else [x and y for x, y in zip(self.apart(), apart, strict=True)]
+        leaves, structure = tree_flatten(self.content)
         with torch.inference_mode(False):
-            return Batch(tree_map(take, self.content))
-
-    @cached_property
-    def joins(self) -> bool:
-        """Whether all that it holds are tensors of examples, so that it can be one batch with others."""
-        return all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == self.size for leaf in self.leaves)
+            for j, leaf in enumerate(leaves):
+                if here[j]:
+                    leaves[j] = leaf[index if isinstance(index, slice) else index.to(leaf.device)]
+        return Batch(tree_unflatten(leaves, structure))
 
     @classmethod
     def joined(cls, batches: list[Batch]) -> Batch:
@@ -131,13 +128,13 @@ class Batch:
         with torch.inference_mode(False):
             return Batch(tree_map(torch.clone, self.content))
 
-    def parts(self, most: int) -> list[Batch]:
+    def parts(self, most: int, apart: Sequence[bool] | None = None) -> list[Batch]:
         """Batches of at most so many of its examples, as equal in size as they can be; views of its tensors."""
         size, count = self.size, -(-self.size // most)
         if count == 1:
             return [self]
         bounds = [size * j // count for j in range(count + 1)]
-        return [self.examples(slice(start, stop)) for start, stop in pairwise(bounds)]
+        return [self.examples(slice(start, stop), apart) for start, stop in pairwise(bounds)]
 
     def run(self, model: nn.Module, function: Function | None) -> Any:
         """`function(*batch)`, or the model on the inputs."""

@@ -19,7 +19,7 @@ from nngeo.generators.outputs import check_mode, check_outputs
 from nngeo.generators.plans import Planner
 from nngeo.generators.products import LayerwiseProducts, Point, WholeModelProducts
 from nngeo.generators.record import BatchRecord
-from nngeo.generators.sizing import Sizing, joined, load, load_of_records
+from nngeo.generators.sizing import Measure, OfRecords, Sizing, joined, load
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.contraction import add_inner
@@ -64,7 +64,7 @@ class JacobianGenerator(Generator):
         dtype_is_one(self.model, layer_collection)
         planner = Planner(self.model, self.function, layer_collection, self.check)
         warned = False
-        for group in self._groups(partial(load_of_records, planner, self.estimator), examples):
+        for group in self._groups(OfRecords(planner, self.estimator), examples):
             recording = planner.record(Batch.joined(group))
             if (unused := recording.plan.unused) and not warned:
                 warned = True
@@ -109,7 +109,7 @@ class JacobianGenerator(Generator):
             )
         parts: list[tuple[ReverseGraph, Cotangents]] = []
         setting = whole.setting()
-        for group in self._groups(whole.load, examples):
+        for group in self._groups(whole, examples):
             batch = Batch.joined(group)
             whole.look_at(batch)
             graph = ReverseGraph(whole, batch, setting)
@@ -138,7 +138,7 @@ class JacobianGenerator(Generator):
 
     def _points(self, whole: Linearizer, examples: Any, rows: Tensor | None) -> Iterator[Point]:
         setting = whole.setting()
-        for group in self._groups(whole.load, examples):
+        for group in self._groups(whole, examples):
             batch = Batch.joined(group)
             at = whole.at(batch, rows, setting)
             yield Point(at, self._cotangents_of(at.outputs, group), batch.size)
@@ -182,10 +182,10 @@ class JacobianGenerator(Generator):
         c = self.estimator(outputs, batch.targets(self.function), None if mask is None else batch.mask(mask))
         return c if c.count else Cotangents.from_tensor(torch.zeros_like(outputs)[None])
 
-    def _groups(self, load: Callable[[Batch], float], examples: Any) -> Iterator[list[Batch]]:
+    def _groups(self, measure: Measure, examples: Any) -> Iterator[list[Batch]]:
         """The mini-batches that are run as one, or parts of them."""
         check_mode(self.model)
         self.estimator.reset()
         splits = self.estimator.by_example and not callable(self.mask)
-        sizing = Sizing(load, splits, joins=self.estimator.variant.by_example)
+        sizing = Sizing(measure, splits, joins=self.estimator.variant.by_example)
         return sizing.groups(self._sweeps.batches(examples, self.device, self.verbose))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +63,7 @@ class Linearizer:
         self._replay = Replay(model, function)
         padded = any(getattr(module, "padding_idx", None) is not None for module in model.modules())
         self._forward_mode = not padded
+        self._apart: dict[tuple, list[bool]] = {}
         self._known = False  # whether the first mini-batch has been looked at
         self.push, self.pull, self.footprint = Backward(), Backward(), Footprint()
 
@@ -101,6 +102,10 @@ class Linearizer:
         """What the graph of one example takes of a budget."""
         self.look_at(batch)
         return self.kept(batch) / batch.size / KEPT
+
+    def apart(self, batch: Batch) -> Sequence[bool]:
+        """Which leaves of the first batch of this kind had one entry for each example."""
+        return self._apart.setdefault(batch.kind, batch.apart())
 
     def kept(self, batch: Batch) -> int:
         """Elements that the graph of a batch keeps; the first time, it costs a forward of two examples."""

@@ -46,6 +46,7 @@ class Plan:
     rounding: float = 0.0  # what is as good as zero in an entry of a gradient
     routed: bool = False  # whether rows are picked by tensors, so that each batch has to be tested
     shapes: list[torch.Size] = field(default_factory=list)  # of the tensors of one example, in the batch it was made on
+    apart: list[bool] = field(default_factory=list)  # the leaves of that batch with one entry for each of its examples
     loads: dict[Any, float] = field(default_factory=dict)  # what an example takes of a backward pass's budget
 
     def hosts(self) -> set[str]:

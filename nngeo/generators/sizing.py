@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -30,15 +32,37 @@ def load(recording: Recording) -> float:
     return max(recording.elements() / BUDGET, recording.largest() / LARGEST)
 
 
-def load_of_records(planner: Planner, estimator: Estimator, batch: Batch) -> float:
-    """What all cotangents of one example take of it; found out on a few examples, once for each shape."""
-    known, key = planner.plan(batch).loads, (estimator.kind, tuple(batch.shapes()))
-    if key not in known:
-        few = batch.parts(FEW)[0]
-        recording = planner.record(few)
-        count = estimator.count(recording.outputs.detach(), few.targets(planner.function))
-        known[key] = load(recording) * count / few.size
-    return known[key]
+class Measure(Protocol):
+    """What is known of the batches of a model."""
+
+    def load(self, batch: Batch) -> float:
+        """What one example of a batch takes of a budget."""
+
+    def apart(self, batch: Batch) -> Sequence[bool]:
+        """Which leaves of the first batch of this kind had one entry for each example.
+
+        A tensor that all examples share may be as long as a later batch.
+        """
+
+
+@dataclass(frozen=True)
+class OfRecords:
+    """A measure of the gradients of all cotangents; found out on a few examples, once for each shape."""
+
+    planner: Planner
+    estimator: Estimator
+
+    def load(self, batch: Batch) -> float:
+        known, key = self.planner.plan(batch).loads, (self.estimator.kind, tuple(batch.shapes()))
+        if key not in known:
+            few = batch.parts(FEW, self.apart(batch))[0]
+            recording = self.planner.record(few)
+            count = self.estimator.count(recording.outputs.detach(), few.targets(self.planner.function))
+            known[key] = load(recording) * count / few.size
+        return known[key]
+
+    def apart(self, batch: Batch) -> Sequence[bool]:
+        return self.planner.plan(batch).apart
 
 
 class Sizing:
@@ -48,13 +72,12 @@ class Sizing:
     loader's mini-batches as long as these are not split: draws are made for a whole one.
 
     Args:
-        load: what one example of a batch takes of a budget.
         splits: whether large mini-batches may be split.
         joins: whether small ones may be joined.
     """
 
-    def __init__(self, load: Callable[[Batch], float], splits: bool, joins: bool):
-        self._load, self._splits, self._joins = load, splits, joins
+    def __init__(self, measure: Measure, splits: bool, joins: bool):
+        self._measure, self._splits, self._joins = measure, splits, joins
 
     def groups(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         """What is run at a time: small neighbours of the same shapes, one mini-batch, or a part of it."""
@@ -77,14 +100,14 @@ class Sizing:
     def _parts(self, batch: Batch) -> list[Batch]:
         if not self._splits or batch.size <= TOGETHER:
             return [batch]
-        return batch.parts(max(TOGETHER, int(1 / max(self._load(batch), 1e-9))))
+        return batch.parts(max(TOGETHER, int(1 / max(self._measure.load(batch), 1e-9))), self._measure.apart(batch))
 
     def _fraction(self, batch: Batch) -> float:
         """What a mini-batch takes of a group of small ones."""
         elements = sum(tensor.numel() for tensor in batch.tensors())
-        if not self._joins or not batch.joins or 2 * elements > INPUTS:
+        if not self._joins or 2 * elements > INPUTS or not all(batch.apart()) or not all(self._measure.apart(batch)):
             return 1.0
-        return max(batch.size * self._load(batch) / JOINED, elements / INPUTS)
+        return max(batch.size * self._measure.load(batch) / JOINED, elements / INPUTS)
 
 
 def joined(cotangents: list[Cotangents], sizes: list[int]) -> Cotangents:

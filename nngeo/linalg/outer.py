@@ -109,10 +109,13 @@ class OuterProducts:
         ghost, dense = self._gram_costs(other)
         if t * s > 1 and (dense < ghost or n * k * b * t * m * c * s > 4 * BUDGET):
             return self._gram_of_rows(other)
-        inputs = inner(self.a.flatten(1, 2), other.a.flatten(1, 2)).unflatten(2, (c, s)).unflatten(1, (b, t))
-        outputs = self.g.flatten(1, 3), other.g.flatten(1, 3)
-        found = moment(outputs[0]) if other is self else inner(*outputs)
-        found = found.unflatten(2, (m, c, s)).unflatten(1, (k, b, t))
+
+        def products(x: Tensor, y: Tensor) -> Tensor:
+            return moment(x) if other is self else inner(x, y)
+
+        a = self.a.flatten(1, 2)
+        inputs = products(a, a if other is self else other.a.flatten(1, 2)).unflatten(2, (c, s)).unflatten(1, (b, t))
+        found = products(self.g.flatten(1, 3), other.g.flatten(1, 3)).unflatten(2, (m, c, s)).unflatten(1, (k, b, t))
         if t * s == 1 and n == 1:
             return found[0, :, :, 0, :, :, 0] * inputs[0, :, 0, None, :, 0]
         return torch.einsum("nbtcs,nkbtlcs->kblc", inputs, found)
