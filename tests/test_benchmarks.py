@@ -51,8 +51,7 @@ def test_a_sweep_executes_what_its_floor_counts(network):
 
 
 # EKFAC: inputs and output gradients are rotated at every position, also where rotating their products is cheaper.
-# NTK: the order is chosen for each pair of batches, not for all examples, and symmetric products of few rows are taken in
-# full.
+# NTK: the order is chosen for each pair of batches, not for all examples; few rows are multiplied in full.
 ABOVE_FLOOR = {"linearized": 1.02, "ekfac": 1.12, "ekfac_mc": 2.75, "ntk": 1.8, "mv": 1.02}
 
 

@@ -57,7 +57,7 @@ class JacobianGenerator(Generator):
         self._linearizers: dict[LayerCollection, Linearizer | None] = {}
 
     def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
-        """Records of every mini-batch; where all would not fit, of parts of it, and in chunks of cotangents.
+        """Records of mini-batches: small ones together; large ones in parts and, if need be, in chunks of cotangents.
 
         Costs a forward for each mini-batch and a backward for each cotangent, both without gradients by weights.
         """

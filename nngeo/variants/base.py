@@ -65,6 +65,9 @@ class Variant(ABC):
 
     A subclass needs `exact`; with `sample` and `gradient` it has Monte-Carlo and empirical estimates, too. A metric
     sums over the outputs and positions of an example, and is averaged over examples later. In masks, True counts.
+
+    Mini-batches are joined and split where `by_example` says that this changes nothing. A subclass of a variant that
+    says so, and whose `exact` looks at the whole batch, has to take it back.
     """
 
     name: str = ""
