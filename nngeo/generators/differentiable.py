@@ -103,6 +103,20 @@ def joined(grads: Sequence[Tensor | None], parameters: Sequence[Tensor], m: int)
     )
 
 
+def has_own_functions(outputs: Tensor) -> bool:
+    """Whether a graph holds backward passes written in Python, of which only the first derivative may be right."""
+    waiting, seen = [outputs.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting.extend(before for before, _ in node.next_functions)
+    return False
+
+
 class Backward:
     """Gradients by `inputs` for many cotangents at one graph: vectorised, in chunks that fit a budget.
 

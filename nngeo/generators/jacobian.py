@@ -167,6 +167,8 @@ class JacobianGenerator(Generator):
     def _cotangents_of(self, outputs: Tensor, group: list[Batch]) -> Cotangents:
         """Those of several mini-batches as one."""
         sizes = [batch.size for batch in group]
+        if outputs.ndim == 0 or len(outputs) != sum(sizes):
+            check_outputs(outputs, Batch.joined(group), self.model, self.function)  # which raises
         parts = zip(outputs.detach().split(sizes), group, strict=True)
         return joined([self._cotangents(*part) for part in parts], sizes)
 

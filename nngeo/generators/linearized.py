@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -19,12 +21,13 @@ from nngeo.generators.differentiable import (
     Footprint,
     Setting,
     differentiable,
+    has_own_functions,
     joined,
     quiet,
     split_by_parameter,
 )
 from nngeo.generators.independence import FirstExamples, check_independence
-from nngeo.generators.lean import Lean
+from nngeo.generators.lean import Lean, is_compiled
 from nngeo.generators.sources import Replay
 from nngeo.layers.collection import LayerCollection
 
@@ -33,6 +36,9 @@ LARGE = 2**19
 
 # Elements that the graph of mini-batches run at a time may keep: 2**25 are 128 MiB in float32.
 KEPT = 2**25
+
+# Dual numbers are of one level for the whole process, so that one thread at a time can use them.
+DUAL = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Linearizer:
         padded = any(getattr(module, "padding_idx", None) is not None for module in model.modules())
         self._forward_mode = not padded
         self._apart: dict[tuple, list[bool]] = {}
+        self._compiled = is_compiled(model, function)
         self._known = False  # whether the first mini-batch has been looked at
         self.push, self.pull, self.footprint = Backward(), Backward(), Footprint()
 
@@ -88,8 +95,7 @@ class Linearizer:
             return
         with differentiable(self.model, self.layers):
             examples = FirstExamples.of(batch)
-            check_independence(self.model, self.function, examples)
-        self._known = True
+            own = has_own_functions(check_independence(self.model, self.function, examples))
         try:
             with quiet():
                 self._forward_mode = self._forward_mode and self._is_adjoint(examples.few)
@@ -97,6 +103,9 @@ class Linearizer:
             if not any(words in str(error) for words in ("forward AD", "forward mode AD", "forward-mode")):
                 raise
             self._forward_mode = False
+        if own:
+            self._check_second_derivatives(examples.few)
+        self._known = True
 
     def load(self, batch: Batch) -> float:
         """What the graph of one example takes of a budget."""
@@ -112,32 +121,52 @@ class Linearizer:
         with nullcontext() if self.footprint.known else differentiable(self.model, self.layers):
             return self.footprint.of(batch, self.model, self.run)
 
+    def lean(self, mode: Lean) -> AbstractContextManager[Any]:
+        """The mode in which the model is run, if it is in any."""
+        return nullcontext() if self._compiled else mode
+
     def run(self, batch: Batch) -> Tensor:
         """The outputs (b, ...), with their graph."""
         return self._replay(batch.content)
 
     def _is_adjoint(self, batch: Batch) -> bool:
         """Whether <w, J v> = <J' w, v> for random v and w: forward mode and gradients are of one function."""
+        return self._are_adjoint(batch, lambda v, graph, setting: self._forward(batch, v, setting).push(v))
+
+    def _check_second_derivatives(self, batch: Batch) -> None:
+        """Raise unless the backward passes that the model brings along can be differentiated."""
+        try:
+            right = self._are_adjoint(batch, lambda v, graph, setting: graph.push(v, setting))
+        except (NotImplementedError, RuntimeError):
+            return  # those that say so do it again where it matters
+        if not right:
+            raise NotImplementedError(
+                "An autograd.Function of the model has a backward pass that can't be differentiated: the second "
+                "derivative for it is wrong. Use the matrix without linearize()."
+            )
+
+    def _are_adjoint(self, batch: Batch, push: Callable[[Tensor, ReverseGraph, Setting], Tensor]) -> bool:
         generator = torch.Generator("cpu").manual_seed(0)
         like = next(self.layers.parameters(self.model))
         v = torch.randn(1, self.layers.numel(), generator=generator, device="cpu").to(like)
         setting = self.setting()
-        found = self._forward(batch, v, setting)
-        w = torch.randn(1, *found.outputs.shape, generator=generator, device="cpu").to(found.outputs)
+        graph = ReverseGraph(self, batch, setting)
+        w = torch.randn(1, *graph.outputs.shape, generator=generator, device="cpu").to(graph.outputs)
+        pushed = push(v, graph, setting)
         # The gradients by the parameters themselves, which the function may hold outside of the model, too.
-        pulled = joined(ReverseGraph(self, batch, setting).pull(w, setting), setting.parameters, 1)
-        products, others = (w * found.push(v)).double(), (pulled.to(v) * v).double()
+        pulled = joined(graph.pull(w, setting), setting.parameters, 1)
+        products, others = (w * pushed).double(), (pulled.to(v) * v).double()
         scale = products.norm() + others.norm()
-        tolerance = 10 * torch.finfo(found.outputs.dtype).eps ** 0.5
+        tolerance = 10 * torch.finfo(graph.outputs.dtype).eps ** 0.5
         return bool((products.sum() - others.sum()).abs() <= tolerance * scale)
 
     def _forward(self, batch: Batch, rows: Tensor, setting: Setting) -> Linearized:
         tangents = setting.tangents(rows)
-        with setting.entered(), forward_ad.dual_level():
+        with setting.entered(), DUAL, forward_ad.dual_level():
             with torch._C.DisableTorchFunction():  # whose modes would look at every step
                 leaves = [p.detach().requires_grad_() for p in setting.parameters]
                 duals = [forward_ad.make_dual(leaf, tangent) for leaf, tangent in zip(leaves, tangents, strict=True)]
-            with Lean(dual=True), setting.replaced(self._replay, duals):
+            with self.lean(Lean(dual=True)), setting.replaced(self._replay, duals):
                 outputs = self.run(batch)
             outputs, tangent = forward_ad.unpack_dual(outputs)
 
@@ -145,7 +174,8 @@ class Linearizer:
             found: list[Tensor | None] = [None] * len(leaves)
             if outputs.requires_grad:
                 try:
-                    found = self.pull([outputs], leaves, [w.to(outputs)], 1)
+                    with torch.autocast(outputs.device.type, enabled=False):
+                        found = self.pull([outputs], leaves, [w.to(outputs)], 1)
                 except CheckpointError:  # activation checkpointing has run the model again, with its own parameters
                     return ReverseGraph(self, batch, setting).pull(w, setting)
             return found
@@ -166,7 +196,7 @@ class ReverseGraph:
         self._by, self.size = linearizer, batch.size
         self._leaves = setting.parameters
         self._lean = Lean(dual=False)
-        with setting.entered(), self._lean:
+        with setting.entered(), linearizer.lean(self._lean):
             self._outputs = linearizer.run(batch)
         self.outputs = self._outputs.detach()
         self._batch = batch

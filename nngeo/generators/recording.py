@@ -164,8 +164,7 @@ class Recording:
         found, reached = list[int](), set[str]()
         if not names or not self.outputs.requires_grad:
             return found, reached
-        noise = random_like(self.outputs)
-        if not self._reached(names, noise, rounding):
+        if not self._reached(names, noise := random_like(self.outputs), rounding):
             return found, reached
         for e in range(self.batch.size):
             alone = torch.zeros_like(noise)

@@ -105,7 +105,8 @@ class Sizing:
     def _fraction(self, batch: Batch) -> float:
         """What a mini-batch takes of a group of small ones."""
         elements = sum(tensor.numel() for tensor in batch.tensors())
-        if not self._joins or 2 * elements > INPUTS or not all(batch.apart()) or not all(self._measure.apart(batch)):
+        apart = [*self._measure.apart(batch), *batch.apart()]
+        if not self._joins or 2 * elements > INPUTS or not all(apart):
             return 1.0
         return max(batch.size * self._measure.load(batch) / JOINED, elements / INPUTS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ class AnyLayerRule:
         """
         parameters = {name: self.module.get_parameter(name).detach() for name in self.names}
         compute = self._vectorized if self.vectorized else self._looped
-        with plain_kernels(self.module):
+        with plain_kernels(self.module), warnings.catch_warnings():
+            # Where torch has no batching rule, it loops. As an error, what it says would keep tensors alive for good.
+            warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
             return compute(parameters, list(inputs), list(grads))
 
     def _vectorized(self, parameters, inputs, grads):
