@@ -19,6 +19,7 @@ from tests.benchmarks.results import Results
 from tests.benchmarks.times import measure_times
 
 PARTS = ("times", "memory", "growth")
+SMALL = ("mlp", "cnn")
 
 
 def main() -> None:
@@ -32,7 +33,8 @@ def main() -> None:
         jobs = [job for job in JOBS_OF[network] if job in options.jobs]
         for threads in options.threads:
             made = problem(network, options.quick, options.device)
-            results.times.append(measure_times(made, jobs, libraries, options.rounds, threads))
+            rounds = options.rounds if network in SMALL else max(2, options.rounds // 3)
+            results.times.append(measure_times(made, jobs, libraries, rounds, threads))
             show()
     if "memory" in options.parts:
         results.peaks += measure_peaks([library.name for library in libraries], options.quick, options.device)
@@ -62,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", default=list(JOBS), type=_several(JOBS), metavar="NAME,NAME")
     parser.add_argument("--peers", default=list(PEERS), type=_several(PEERS), metavar="NAME,NAME", help="'' for none")
     parser.add_argument("--threads", default=[1], type=int, nargs="+")
-    parser.add_argument("--rounds", default=9, type=int)
+    parser.add_argument("--rounds", default=9, type=int, help=f"of {' and '.join(SMALL)}; a third of it of the others")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="small networks: whether it works, not how fast")
     parser.add_argument("--out", type=Path, help="folder for CSV files, tables and pictures; they need matplotlib")
