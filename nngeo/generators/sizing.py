@@ -19,6 +19,9 @@ from nngeo.variants import Cotangents, Estimator
 BUDGET = 2**25
 LARGEST = 2**22
 
+# A block that glibc takes from the system by itself: 32 MiB less 64 KiB.
+BLOCK = 2**25 - 2**16
+
 # Examples whose forward is run together even where the gradients of all cotangents would not fit.
 TOGETHER = 8
 
@@ -81,6 +84,8 @@ class Sizing:
 
     def groups(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         """What is run at a time: small neighbours of the same shapes, one mini-batch, or a part of it."""
+        # Once such a block is free, glibc keeps smaller ones instead of giving them back, and taking them anew each time.
+        torch.empty(BLOCK, dtype=torch.uint8, device="cpu")
         waiting: list[Batch] = []
         taken = 0.0
         for batch in batches:

@@ -63,6 +63,7 @@ class LayerwisePMat(PMat):
                 stored = sum(kind.stored(batch.layers[name], **options) for name, (kind, _) in kinds.items())
                 self._require_memory(f"The blocks of {type(self).__name__}", stored, like.dtype, like.device)
             sums.add(batch, lambda record, into: kinds[record.layer.name][0].statistic(record, into, **options))
+            del batch, record  # so that their memory serves the next
         means, data = sums.means(), {}
         require_finite(means, f"this {type(self).__name__}")
         for name, layer in layers.layers.items():
