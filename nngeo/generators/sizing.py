@@ -84,7 +84,7 @@ class Sizing:
 
     def groups(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         """What is run at a time: small neighbours of the same shapes, one mini-batch, or a part of it."""
-        # Once such a block is free, glibc keeps smaller ones instead of giving them back, and taking them anew each time.
+        # Once such a block is free, glibc keeps smaller ones instead of taking them anew each time.
         torch.empty(BLOCK, dtype=torch.uint8, device="cpu")
         waiting: list[Batch] = []
         taken = 0.0
