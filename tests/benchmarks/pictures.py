@@ -32,9 +32,11 @@ def times_picture(times: Times) -> Figure:
             if row is not None and row.sweeps is not None:
                 at.append(place - 0.4 + (index + 0.5) * height)
                 bars.append(row.sweeps)
+        if not bars:
+            continue  # it fails in every job
         medians = np.array([bar.median for bar in bars])
         spread = np.abs(np.array([[bar.low for bar in bars], [bar.high for bar in bars]]) - medians)
-        axes.barh(at, medians, height, xerr=spread, error_kw={"linewidth": 0.8}, label=library)
+        axes.barh(at, medians, height, xerr=spread, error_kw={"linewidth": 0.8}, label=library, color=f"C{index}")
     for place, job in enumerate(jobs):
         floor = times.floors[job].at_sweep
         label = "floor" if place == 0 else None
