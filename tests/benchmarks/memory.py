@@ -30,6 +30,9 @@ from tests.benchmarks.networks import Problem, classification, perceptron, resne
 SWEEP = "sweep"
 MIB = 2**20
 
+# For the C library: freed memory goes back to the system at once.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -83,13 +86,12 @@ def measure_peaks(peers: Sequence[str], quick: bool = False, device: str = "cpu"
 def in_own_process(network: str, job: str, library: str, quick: bool = False, device: str = "cpu") -> Peak:
     """The peak of one job, from a new interpreter."""
     command = [sys.executable, "-m", "tests.benchmarks.memory", network, job, library, "--device", device]
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     run = subprocess.run(
         command + ["--quick"] * quick,
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        env=os.environ | allocator,
+        env=os.environ | ALLOCATOR,
     )
     try:
         return Peak(network, job, library, json.loads(run.stdout.splitlines()[-1])["bytes"])
