@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
+from nngeo.generators.differentiable import quiet
 from nngeo.generators.outputs import check_outputs
 from nngeo.layers.collection import LayerCollection
 from nngeo.products import diaglinear  # noqa: F401 (registers its rules)
-from nngeo.products.contexts import frozen, quiet
+from nngeo.products.contexts import frozen
 from nngeo.products.diagrules import Collected, DiagRule, Passage, diag_rule_for
 from nngeo.products.differential import BUDGET
 from nngeo.products.evaluation import Evaluation, Wrt

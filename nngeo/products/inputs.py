@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nngeo.generators.batches import Batch
+from nngeo.generators.differentiable import quiet
 from nngeo.generators.outputs import check_outputs, tensor_of
 from nngeo.layers.collection import LayerCollection
-from nngeo.products.contexts import quiet, second_derivatives
+from nngeo.products.contexts import second_derivatives
 from nngeo.products.differential import Differential
 from nngeo.products.evaluation import Evaluation, Place
 from nngeo.products.facts import facts_of
