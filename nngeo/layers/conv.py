@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from nngeo.layers.rule import LinearMapRule, register_rule
 
+# Positions in a row below which copying patches row by row takes longer than a copy of the input for each column.
+SHORT = 12
+
 
 def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """(b, c, *space) -> (b, c, *positions, *kernel), a view."""
-    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+    """(b, c, *space) -> (b, c, *positions, *kernel), a view: of x or, where rows are short, of a copy of x."""
+    last = x.ndim - 1
+    for axis, size, step, spread in reversed(list(zip(range(2, x.ndim), kernel, stride, dilation, strict=True))):
         x = x.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
-    return x
+        if axis == last > 2 and x.shape[last] < SHORT and x.device.type == "cpu":
+            x = x.movedim(-1, 2).contiguous().movedim(2, -1)
+    return x.permute(*range(last + 1), *range(x.ndim - 1, last, -1))
 
 
 class ConvolutionRule(LinearMapRule):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Multiplications above which a product is worth a call of its own, and the columns of a block of a symmetric product.
-LARGE = 2**16
+# Multiplications that take oneDNN longer than preparing a call does, and the columns of a block of a symmetric product.
+LARGE = 2**20
 BLOCK = 128
 
-# Numbers in a register. Products of fewer than NARROW columns, no multiple of LANES, take several times longer.
+# Numbers in a register: products whose columns are no multiple of it take up to twice as long.
 LANES = 16
-NARROW = 64
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
@@ -29,18 +28,25 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
         return _inner(xs[0], ys[0]).reshape(*x.shape[:-1], y.shape[-2])
     out = x.new_empty(len(xs), x.shape[-2], y.shape[-2])
     for one, left, right in zip(out, xs, ys, strict=True):
-        one.copy_(_inner(left, right))
+        one.copy_(by_onednn(left, right))
     return out.unflatten(0, x.shape[:-2])
 
 
 def one_by_one(multiplications: int, x: Tensor, y: Tensor) -> bool:
-    """Whether products of so many multiplications each are taken one after the other, where there are several."""
+    """Whether products of so many multiplications each are taken one after the other, `by_onednn`."""
     return multiplications >= LARGE and _onednn(x, y)
 
 
-def narrow(columns: int, rows: int) -> bool:
+def turned(columns: int, rows: int) -> bool:
     """Whether a product with so many columns and rows is taken the other way round, and transposed."""
-    return columns < NARROW and columns % LANES > 0 and rows % LANES == 0
+    return columns % LANES > 0 and rows % LANES == 0
+
+
+def by_onednn(x: Tensor, y: Tensor) -> Tensor:
+    """x y' (m, l) of x (m, c) and y (l, c), where `one_by_one` allows it; transposed in memory if `turned`."""
+    if turned(len(y), len(x)):
+        return _linear(y, x).mT
+    return _linear(x, y)
 
 
 def moment(x: Tensor) -> Tensor:
@@ -74,8 +80,10 @@ def add_inner(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _inner(x: Tensor, y: Tensor) -> Tensor:
     if not one_by_one(x.shape[0] * y.shape[0] * x.shape[1], x, y):
         return x @ y.mT
-    if narrow(len(y), len(x)):
-        return _inner(y, x).mT
+    return by_onednn(x, y)
+
+
+def _linear(x: Tensor, y: Tensor) -> Tensor:
     # Other strides than contiguous ones lead to a kernel that is slower by orders of magnitude.
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y.contiguous(), None, "none", [], "")
 

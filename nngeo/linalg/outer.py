@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nngeo.linalg.contraction import add_inner, inner, moment, narrow
+from nngeo.linalg.contraction import add_inner, inner, moment, turned
 from nngeo.linalg.squares import CACHED, add_squared_products
 
 Sharing = Literal["expand", "reduce"]
@@ -87,9 +87,9 @@ class OuterProducts:
         n, k, b, t, o = self.g.shape
         if t == 1:
             return inner(self.g[..., 0, :].square().sum(1).mT, self.a[..., 0, :].square().mT)
-        # Products of few columns come transposed.
-        total = self.g.new_zeros(n, self.i, o).mT if narrow(self.i, k * o) else self.g.new_zeros(n, o, self.i)
-        for examples in self._parts(4 * CACHED):
+        # As its terms are: some products come transposed.
+        total = self.g.new_zeros(n, self.i, o).mT if turned(self.i, k * o) else self.g.new_zeros(n, o, self.i)
+        for examples in self._parts(CACHED):
             add_squared_products(total, self.g[:, :, examples].mT, self.inputs(examples, by_example=True).mT)
         return total
 

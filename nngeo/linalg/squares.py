@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nngeo.linalg.contraction import inner, one_by_one
+from nngeo.linalg.contraction import by_onednn, inner, one_by_one, turned
 
 # Elements of a temporary that is read again at once, which should not leave the processor's cache.
 CACHED = 2**20
@@ -19,13 +19,19 @@ def add_squared_products(total: Tensor, g: Tensor, a: Tensor) -> None:
     for start in range(0, o, height):
         rows = slice(start, start + height)
         if one_by_one(k * min(o, height) * i * t, a, g):
-            for m in range(n):
-                for e in range(b):
-                    products = inner(g[m, :, e, rows].flatten(0, 1), a[m, e]).unflatten(0, (k, -1))
-                    for product in products:
-                        total[m, rows].addcmul_(product, product)
+            _add_one_by_one(total[:, rows], g[..., rows, :].transpose(1, 2), a)
             continue
         for first in range(0, b, step):
             few = slice(first, first + step)
-            products = inner(g[:, :, few, rows].transpose(1, 2).flatten(2, 3), a[:, few])
+            left, right = g[:, :, few, rows].transpose(1, 2).flatten(2, 3), a[:, few]
+            products = inner(right, left).mT if turned(i, left.shape[2]) else inner(left, right)
             total[:, rows] += products.unflatten(2, (k, -1)).square_().sum((1, 2))
+
+
+def _add_one_by_one(total: Tensor, g: Tensor, a: Tensor) -> None:
+    """The same for g (n, b, k, o, t), with a product for each n and b."""
+    k = g.shape[2]
+    for sums, gradients, inputs in zip(total, g, a, strict=True):
+        for rows, columns in zip(gradients, inputs, strict=True):
+            for product in by_onednn(rows.flatten(0, 1), columns).chunk(k):
+                sums.addcmul_(product, product)
