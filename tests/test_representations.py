@@ -514,6 +514,23 @@ def test_what_does_not_fit_in_memory_is_refused_with_its_size(kind, monkeypatch)
         kind(at.layers, at.generator, examples=at.batches)
 
 
+def test_large_results_are_usual_tensors_wherever_their_memory_is_from(monkeypatch):
+    at, found = problem("mlp"), []
+    for size in (2**60, 0):
+        monkeypatch.setattr(memory, "LARGE", size)
+        found.append(PFMapDense(at.layers, at.generator, examples=at.batches).to_torch())
+    usual, large = found
+    assert torch.equal(large, usual) and large.dtype == usual.dtype
+    assert torch.equal(pickle.loads(pickle.dumps(large)), usual)
+    assert torch.equal(copy.deepcopy(large).mul_(2), 2 * usual)
+
+
+def test_room_needs_no_huge_pages(monkeypatch):
+    monkeypatch.setattr(memory, "LARGE", 0)
+    monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
+    assert memory.room((2, 3), torch.ones(1)).fill_(2).sum() == 12
+
+
 def test_the_dense_form_of_a_small_matrix_may_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 400)
     with pytest.raises(MemoryError, match="dense form of this PMatDiag"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from nngeo.generators.batches import Examples
 from nngeo.layers.collection import LayerCollection
 from nngeo.representations.estimate import Estimate, positive_count
-from nngeo.representations.memory import require_memory
+from nngeo.representations.memory import require_memory, room
 
 if TYPE_CHECKING:
     from nngeo.generators import BatchRecord
@@ -78,7 +78,7 @@ class _Rows:
         what, instead = f"{self._name} of {n} examples", "Use PFMapImplicit, or PMatImplicit, or fewer examples."
         require_memory(what, k * n * shape[2], like.dtype, like.device, instead)
         # Zeros, where mini-batches may have fewer cotangents than others.
-        self._room = like.new_zeros(shape) if self._pad else like.new_empty(shape)
+        self._room = like.new_zeros(shape) if self._pad else room(shape, like)
         if old is not None:
             self._room[: before[0], : before[1]] = old
         return self._room
