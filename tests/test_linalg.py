@@ -202,6 +202,7 @@ def test_rotated_gradients_are_the_dense_ones_in_the_bases(products, identity):
     ua, ug = torch.linalg.qr(randn(n, 4, 4))[0], torch.linalg.qr(randn(n, 5, 5, seed=1))[0]
     want = ug.mT @ products.dense() if identity else ug.mT @ products.dense() @ ua
     assert_close(products.rotate(None if identity else ua, ug).dense(), want)
+    assert_close(products.rotated_squares(None if identity else ua, ug), want.square().sum((0, 1)))
 
 
 @pytest.mark.parametrize("positions", [1, 4])
@@ -291,12 +292,15 @@ def test_input_moments_are_sums_of_outer_products(sizes, layout, dtype, parts):
 @each_dtype
 @each_layout
 @each_size
-def test_squares_of_rotated_gradients_are_those_in_the_bases(sizes, layout, dtype):
+def test_squares_of_rotated_gradients_are_those_in_the_bases(sizes, layout, dtype, parts):
     n, _, _, _, o, i = sizes
     ua, ug = torch.linalg.qr(randn(n, i, i))[0].to(dtype), torch.linalg.qr(randn(n, o, o))[0].to(dtype)
-    rotated = in_layout(layout, *factors(sizes, dtype)).rotate(ua, ug)
+    products = in_layout(layout, *factors(sizes, dtype))
+    rotated = products.rotate(ua, ug)
     expected = ug.double().mT @ dense(sizes, dtype) @ ua.double()
     near(rotated.squares(), expected.square().sum((0, 1)))
+    near(products.rotated_squares(ua, ug), expected.square().sum((0, 1)))
+    near(products.rotate(None, ug).squares(ua.mT), expected.square().sum((0, 1)))
     near(rotated.one(0, 0).dense()[0, 0], expected[0, 0])
 
 

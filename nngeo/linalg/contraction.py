@@ -9,8 +9,9 @@ from torch import Tensor
 LARGE = 2**20
 BLOCK = 128
 
-# Numbers in a register: products whose columns are no multiple of it take up to twice as long.
+# Numbers in a register: products whose columns are no multiple of it take longer, up to NARROW columns several times.
 LANES = 16
+NARROW = 64
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
         return _inner(xs[0], ys[0]).reshape(*x.shape[:-1], y.shape[-2])
     out = x.new_empty(len(xs), x.shape[-2], y.shape[-2])
     for one, left, right in zip(out, xs, ys, strict=True):
-        one.copy_(by_onednn(left, right))
+        one.copy_(_inner(left, right))
     return out.unflatten(0, x.shape[:-2])
 
 
@@ -38,15 +39,16 @@ def one_by_one(multiplications: int, x: Tensor, y: Tensor) -> bool:
 
 
 def turned(columns: int, rows: int) -> bool:
-    """Whether a product with so many columns and rows is taken the other way round, and transposed."""
+    """Whether a product with so many columns and rows is faster the other way round, transposed in memory."""
     return columns % LANES > 0 and rows % LANES == 0
 
 
-def by_onednn(x: Tensor, y: Tensor) -> Tensor:
-    """x y' (m, l) of x (m, c) and y (l, c), where `one_by_one` allows it; transposed in memory if `turned`."""
-    if turned(len(y), len(x)):
-        return _linear(y, x).mT
-    return _linear(x, y)
+def by_onednn(x: Tensor, y: Tensor, turn: bool) -> Tensor:
+    """x y' (m, l) of x (m, c) and y (l, c), where `one_by_one` allows it; transposed in memory, if it is to `turn`."""
+    if turn:
+        return by_onednn(y, x, False).mT
+    # Other strides than contiguous ones lead to a kernel that is slower by orders of magnitude.
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y.contiguous(), None, "none", [], "")
 
 
 def moment(x: Tensor) -> Tensor:
@@ -80,12 +82,8 @@ def add_inner(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _inner(x: Tensor, y: Tensor) -> Tensor:
     if not one_by_one(x.shape[0] * y.shape[0] * x.shape[1], x, y):
         return x @ y.mT
-    return by_onednn(x, y)
-
-
-def _linear(x: Tensor, y: Tensor) -> Tensor:
-    # Other strides than contiguous ones lead to a kernel that is slower by orders of magnitude.
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y.contiguous(), None, "none", [], "")
+    # Whoever writes a large product where it stays would have to copy it.
+    return by_onednn(x, y, len(y) < NARROW and turned(len(y), len(x)))
 
 
 def _onednn(x: Tensor, y: Tensor) -> bool:

@@ -79,18 +79,20 @@ class OuterProducts:
         g = torch.einsum("nkbto,kb->nbto", self.g, w)
         return g.flatten(1, 2).mT @ self.a.flatten(1, 2)
 
-    def squares(self) -> Tensor:
-        """(n, o, i), gradients squared and summed over k and b.
+    def squares(self, rotation: Tensor | None = None) -> Tensor:
+        """(n, o, i), gradients squared and summed over k and b; with a rotation (n, i, i), of G rotation'.
 
         With one position the square of a product is a product of squares, and the sum over k comes first.
         """
-        n, k, b, t, o = self.g.shape
-        if t == 1:
+        n, k, _, t, o = self.g.shape
+        if t == 1 and rotation is None:
             return inner(self.g[..., 0, :].square().sum(1).mT, self.a[..., 0, :].square().mT)
         # As its terms are: some products come transposed.
-        total = self.g.new_zeros(n, self.i, o).mT if turned(self.i, k * o) else self.g.new_zeros(n, o, self.i)
+        way = rotation is None and turned(self.i, k * o)
+        total = self.g.new_zeros(n, self.i, o).mT if way else self.g.new_zeros(n, o, self.i)
         for examples in self._parts(CACHED):
-            add_squared_products(total, self.g[:, :, examples].mT, self.inputs(examples, by_example=True).mT)
+            a = self.inputs(examples, by_example=True).mT
+            add_squared_products(total, self.g[:, :, examples].mT, a, rotation)
         return total
 
     @staticmethod
@@ -179,6 +181,13 @@ class OuterProducts:
     def moment_entries(self, sharing: Sharing = "expand") -> int:
         """The number of entries of both moments."""
         return len(self.g) * (self.i**2 + self.g.shape[-1] ** 2)
+
+    def rotated_squares(self, ua: Tensor | None, ug: Tensor) -> Tensor:
+        """Those of `rotate`; the gradients are rotated instead of the inputs, where these have more entries."""
+        k, _, t, o = self.g.shape[1:]
+        if ua is None or t <= k * o:
+            return self.rotate(ua, ug).squares()
+        return self.rotate(None, ug).squares(ua.mT)
 
     def rotate(self, ua: Tensor | None, ug: Tensor) -> OuterProducts:
         """The gradients `ug' G ua`; None stands for the identity."""

@@ -98,6 +98,10 @@ class SelectedProducts:
         """The number of entries of both moments."""
         return (self.size**2 if sharing == "reduce" else self.size) + self.g.shape[-1] ** 2
 
+    def rotated_squares(self, ua: Tensor | None, ug: Tensor) -> Tensor:
+        """Those of `rotate`."""
+        return self.rotate(ua, ug).squares()
+
     def rotate(self, ua: Tensor | None, ug: Tensor) -> SelectedProducts | OuterProducts:
         """The gradients `ug' G ua`; None stands for the identity."""
         g = self.g @ ug[:, None, None]

@@ -93,7 +93,7 @@ class KroneckerEigenBlock(Block):
                 f"Layer {record.layer.name!r} is used otherwise by these examples than by those of the eigenbasis: "
                 "estimate the matrix from examples that use every layer."
             )
-        return (record.factors().rotate(self.ua, self.ug).squares(),)
+        return (record.factors().rotated_squares(self.ua, self.ug),)
 
     def rescaled(self, *means: Tensor) -> KroneckerEigenBlock:
         return self._rescaled(means[0].masked_fill(_negligible(means[0]), 0.0)) if means else self
