@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Job:
-    """A row: what it is called, and what its time is divided by."""
+    """A row: what it is called, what its time is divided by, and whether its result fills much new memory."""
 
     name: str
     title: str
     per: int = 1
+    large: bool = False
 
 
 VECTORS = 16  # at once, in the linearised job
@@ -28,7 +29,7 @@ JOBS = {
         Job("mv", "matrix-free mv, exact Fisher"),
         Job("linearized", f"the same after linearize(), per vector, {VECTORS} at once", VECTORS),
         Job("ntk", "NTK Gram matrix, all examples and outputs"),
-        Job("jacobian", "Jacobian (k, n, P)"),
+        Job("jacobian", "Jacobian (k, n, P)", large=True),
     )
 }
 
