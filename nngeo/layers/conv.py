@@ -20,7 +20,7 @@ def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
     last = x.ndim - 1
     for axis, size, step, spread in reversed(list(zip(range(2, x.ndim), kernel, stride, dilation, strict=True))):
         x = x.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
-        if axis == last > 2 and x.shape[last] < SHORT and x.device.type == "cpu":
+        if axis == last > 2 and size > 1 and x.shape[last] < SHORT and x.device.type == "cpu":
             x = x.movedim(-1, 2).contiguous().movedim(2, -1)
     return x.permute(*range(last + 1), *range(x.ndim - 1, last, -1))
 

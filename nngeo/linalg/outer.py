@@ -88,8 +88,8 @@ class OuterProducts:
         if t == 1 and rotation is None:
             return inner(self.g[..., 0, :].square().sum(1).mT, self.a[..., 0, :].square().mT)
         # As its terms are: some products come transposed.
-        way = rotation is None and turned(self.i, k * o)
-        total = self.g.new_zeros(n, self.i, o).mT if way else self.g.new_zeros(n, o, self.i)
+        turn = rotation is None and turned(self.i, k * o)
+        total = self.g.new_zeros(n, self.i, o).mT if turn else self.g.new_zeros(n, o, self.i)
         for examples in self._parts(CACHED):
             a = self.inputs(examples, by_example=True).mT
             add_squared_products(total, self.g[:, :, examples].mT, a, rotation)

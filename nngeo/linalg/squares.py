@@ -27,8 +27,8 @@ def add_squared_products(total: Tensor, g: Tensor, a: Tensor, rotation: Tensor |
         for first in range(0, b, step):
             few = slice(first, first + step)
             left, right = g[:, :, few, rows].transpose(1, 2).flatten(2, 3), a[:, few]
-            way = rotation is None and turned(i, left.shape[2])
-            products = inner(right, left).mT if way else inner(left, right)
+            turn = rotation is None and turned(i, left.shape[2])
+            products = inner(right, left).mT if turn else inner(left, right)
             if rotation is not None:
                 products = inner(products.flatten(1, 2), rotation).unflatten(1, products.shape[1:3])
             total[:, rows] += products.unflatten(2, (k, -1)).square_().sum((1, 2))
