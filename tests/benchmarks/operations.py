@@ -78,11 +78,12 @@ PRODUCTS |= {  # which not every build of torch has
     for name in ("_linear_pointwise",)
     if hasattr(torch.ops.mkldnn, name)
 }
+UNWRITTEN = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 LIKE_A_PRODUCT = re.compile(r"(^|_)(\w*mm|\w*mv|v?dot|matmul|linear|conv\w*|\w*attention\w*|einsum|tensordot)(_|$)")
 
 
 class Operations(TorchDispatchMode):
-    """Counts while it is entered: `multiply_adds`, and `written`, the entries of all results that are no views.
+    """Counts while it is entered: `multiply_adds`, and `written`, the entries of results, but for views and empty ones.
 
     What a library computes outside of torch is not seen; a product of torch that has no entry in PRODUCTS is an error.
     """
@@ -98,7 +99,7 @@ class Operations(TorchDispatchMode):
             self.multiply_adds += count(out, *args, **(kwargs or {}))
         elif LIKE_A_PRODUCT.search(func.overloadpacket.__name__):
             raise NotImplementedError(f"{func} may be a product of matrices: say in PRODUCTS what it counts.")
-        if not func.is_view:
+        if not func.is_view and func.overloadpacket not in UNWRITTEN:
             self.written += sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
 

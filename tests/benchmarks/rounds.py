@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nngeo.representations.memory import room
+
 LONG = 5.0  # seconds: what takes longer, or is set up anew each time, is measured in a few rounds only
 FEW = 3
 
@@ -22,9 +24,7 @@ class Task:
     What is set up once is also run once before the first round, for whatever a library does at its first call.
 
     Attributes:
-        touches: bytes that are written, and freed, before each run. Hosts of virtual machines take back memory that was
-            free for seconds, and return it many times more slowly than the system hands it out: without this, whoever
-            comes first pays for all.
+        touches: bytes that are touched before each run (see `touch`).
     """
 
     job: str
@@ -70,6 +70,16 @@ class Clock:
         stop = time.perf_counter()
         del result
         return stop - start
+
+
+def touch(size: int) -> None:
+    """Write to so many bytes, in small pages and as many in huge ones, and free them.
+
+    Hosts of virtual machines take back memory that was free for seconds, and return it many times more slowly than the
+    system hands it out: without this, whoever comes first would pay for all.
+    """
+    small = torch.ones(size, dtype=torch.uint8)
+    room((size,), small).fill_(1)
 
 
 def measure(sweep: Callable[[], Any], tasks: Sequence[Task], rounds: int, clock: Clock) -> list[float]:
@@ -121,7 +131,7 @@ def _prepare(task: Task, clock: Clock) -> None:
 def _once(task: Task, clock: Clock) -> None:
     try:
         run = task.setup() if task.run is None else task.run
-        torch.ones(task.touches, dtype=torch.uint8)
+        touch(task.touches)
         task.seconds.append(clock.time(run) / task.per)
     except Exception as error:
         task.error = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -23,8 +23,6 @@ OURS = "nngeo"
 FIRST = "nngeo, first call"
 # What is prepared, untimed, before these jobs has already looked at the model.
 PREPARED = ("ekfac", "ekfac_mc", "linearized")
-# Times the bytes of a large result are there to be handed out: some libraries put it together from parts.
-TOUCHED = 2
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _tasks(problem: Problem, costs: Mapping[str, Cost], library: Adapter) -> lis
     for job in costs:
         if (prepare := library.jobs.get(job)) is None:
             continue
-        per, touches = JOBS[job].per, TOUCHED * costs[job].bytes if JOBS[job].large else 0
+        per, touches = JOBS[job].per, costs[job].bytes if JOBS[job].large else 0
         tasks.append(Task(job, name, _bound(prepare, problem), per, touches=touches))
         if ours and job not in PREPARED:
             tasks.append(Task(job, FIRST, _anew(prepare, problem), per, fresh=True, touches=touches))
