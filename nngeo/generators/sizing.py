@@ -26,7 +26,7 @@ BLOCK = 2**25 - 2**16
 TOGETHER = 8
 
 # The part of the budget up to which small mini-batches are joined, and the elements of their inputs.
-JOINED = 1 / 32
+JOINED = 1 / 2
 INPUTS = 2**18
 
 
