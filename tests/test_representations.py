@@ -531,6 +531,17 @@ def test_room_needs_no_huge_pages(monkeypatch):
     assert memory.room((2, 3), torch.ones(1)).fill_(2).sum() == 12
 
 
+@pytest.mark.parametrize("kind", [PFMapDense, FMatDense])
+def test_a_copy_that_does_not_fit_is_refused(kind, monkeypatch):
+    at = problem("mlp")
+    found = kind(at.layers, at.generator, examples=at.batches)
+    copy_of = found.to_torch()
+    assert torch.equal(copy_of, found.data) and copy_of.data_ptr() != found.data.data_ptr()
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 400)
+    with pytest.raises(MemoryError, match=rf"A copy of this {kind.__name__}.*Use `data`"):
+        found.to_torch()
+
+
 def test_the_dense_form_of_a_small_matrix_may_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 400)
     with pytest.raises(MemoryError, match="dense form of this PMatDiag"):

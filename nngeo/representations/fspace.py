@@ -14,7 +14,7 @@ from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.symmetric import SymmetricMatrix
 from nngeo.representations.estimate import Estimate, check_kind, positive_count
-from nngeo.representations.memory import require_memory
+from nngeo.representations.memory import copied, require_memory
 from nngeo.vectors import FVector
 
 if TYPE_CHECKING:
@@ -131,12 +131,16 @@ class FMatDense(Estimate):
         return self.symmetric.eigh()
 
     def to_torch(self) -> Tensor:
-        """(k, n, l, m), a new tensor."""
-        return self.data.clone()
+        """(k, n, l, m), a new tensor; `data` is the one that is there.
+
+        Raises:
+            MemoryError: the copy would not fit.
+        """
+        return copied(f"A copy of this {type(self).__name__}", self.data)
 
     def to_matrix(self) -> Tensor:
         """(k n, l m), a new tensor; rows are ordered output by output."""
-        return self.data.flatten(2).flatten(0, 1).clone()
+        return self.to_torch().flatten(2).flatten(0, 1)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """(k, n, l, m), or one of them."""

@@ -15,6 +15,7 @@ from nngeo.representations.coordinates import coordinates, embed, restrict
 from nngeo.representations.estimate import Estimate, check_kind
 from nngeo.representations.fspace import FMatDense
 from nngeo.representations.jacobians import jacobian_of
+from nngeo.representations.memory import copied
 from nngeo.vectors import FVector, PVector
 
 if TYPE_CHECKING:
@@ -130,8 +131,12 @@ class PFMapDense(PFMap):
         return super().__matmul__(other)
 
     def to_torch(self) -> Tensor:
-        """(k, n, P), a new tensor."""
-        return self.data.clone()
+        """(k, n, P), a new tensor; `data` is the one that is there.
+
+        Raises:
+            MemoryError: the copy would not fit.
+        """
+        return copied(f"A copy of this {type(self).__name__}", self.data)
 
     def to_torch_layer(self, name: str) -> tuple[Tensor, ...]:
         """The tensors (k, n, *shape) of the parameters of one layer."""

@@ -70,6 +70,12 @@ def room(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
+def copied(what: str, data: Tensor) -> Tensor:
+    """A copy, if it fits; see `require_memory`."""
+    require_memory(what, data.numel(), data.dtype, data.device, "Use `data`, the tensor itself.")
+    return data.clone()
+
+
 def what_fits(layers: LayerCollection, dtype: torch.dtype, device: torch.device) -> str:
     """A sentence that names the representations of these parameters that would fit."""
     entries = {
