@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import floors, growth, report
+from tests.benchmarks import floors, growth, report, rounds
 from tests.benchmarks.adapters import PEERS, adapter, ours
 from tests.benchmarks.jobs import JOBS, JOBS_OF
 from tests.benchmarks.memory import ALLOCATOR, MIB, Resident, in_own_process
@@ -78,6 +78,20 @@ def test_operations_are_linear_in_the_examples_of_a_batch(job):
     few, many = executed(small(n=4), job), executed(small(n=12), job)
     assert many.multiply_adds == 3 * few.multiply_adds
     assert many.written <= 3 * few.written
+
+
+def test_memory_that_is_only_allocated_is_not_written():
+    assert operations(lambda: torch.empty(5)).written == 0
+    assert operations(lambda: torch.ones(5).new_empty(7)).written == 5
+
+
+def test_memory_is_touched_before_each_run_of_what_fills_it(monkeypatch):
+    happened: list[object] = []
+    monkeypatch.setattr(rounds, "touch", happened.append)
+    task = Task("job", "library", lambda: lambda: happened.append("run"), touches=3)
+    measure(lambda: happened.append("sweep"), [task], 2, Clock(torch.device("cpu")))
+    pairs = list(zip(happened, happened[1:], strict=False))
+    assert pairs.count((3, "run")) == 2 == happened.count(3)
 
 
 AXES: dict[str, tuple[Callable[[int], Problem], tuple[int, ...]]] = {

@@ -22,6 +22,12 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+@pytest.fixture(autouse=True, params=[2**8, contraction.LARGE], ids=["oneDNN early", "oneDNN late"])
+def large(request, monkeypatch):
+    """Small products by oneDNN, too, where it is used at all."""
+    monkeypatch.setattr(contraction, "LARGE", request.param)
+
+
 def close(found: Tensor, x: Tensor, y: Tensor) -> None:
     expected = (x.double() @ y.double().mT).to(found)
     assert_close(found, expected, rtol=1e-4 if found.dtype == torch.float32 else 1e-10, atol=1e-4)

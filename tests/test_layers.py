@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import nngeo
 from nngeo import FIM, LayerCollection, PMatDense, PMatKFAC, PVector, random_pvector, register_rule
-from nngeo.layers import Affine1d, Cosine1d, WeightNorm1d, WeightNorm2d, rule_for
+from nngeo.layers import Affine1d, Cosine1d, WeightNorm1d, WeightNorm2d, conv, rule_for
 from nngeo.layers.linear import LinearRule
 from tests import networks, reference
 from tests.cases import CASES
@@ -242,3 +242,23 @@ def test_a_subclass_is_served_where_it_keeps_forward():
     assert isinstance(rule_for(Kept(3, 4)), FlippedRule) and rule_for(Doubled(3, 4)) is None
     assert rule_for(networks.CosineLinear(3, 3)) is None
     assert isinstance(rule_for(nn.modules.linear.NonDynamicallyQuantizableLinear(3, 3)), LinearRule)
+
+
+# ------------------------------------------------------------------------------------------ patches
+
+
+@pytest.mark.parametrize("short", [0, conv.SHORT, 1000], ids=["views", "as it is", "copies"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("space", [(17,), (9, 30), (30, 9), (6, 7, 8)], ids=str)
+def test_patches_are_the_windows_of_each_position(space, stride, dilation, short, monkeypatch):
+    monkeypatch.setattr(conv, "SHORT", short)
+    kernel = (2, 1, 3)[-len(space) :]
+    x = torch.randn(2, 3, *space, dtype=torch.float64)
+    found = conv.patches(x, kernel, (stride,) * len(space), (dilation,) * len(space))
+    weight = torch.randn(4, 3, *kernel, dtype=torch.float64)
+    expected = torch.convolution(x, weight, None, [stride] * len(space), [0] * len(space), [dilation] * len(space),
+                                 False, [0] * len(space), 1)  # fmt: skip
+    axes = [1, *range(2 + len(space), 2 + 2 * len(space))]
+    products = torch.tensordot(found, weight, dims=(axes, list(range(1, 2 + len(kernel)))))
+    assert_close(products.movedim(-1, 1), expected)

@@ -236,10 +236,12 @@ def in_layout(layout: str, a: torch.Tensor, g: torch.Tensor) -> OuterProducts:
     return OuterProducts(lambda examples, by_example: LAYOUTS[layout](a[:, examples]), g, a.shape[-1])
 
 
-@pytest.fixture(params=[None, 1, 3000], ids=["usual parts", "parts of one", "parts of some"])
+@pytest.fixture(params=[None, 1, 3000, "oneDNN"], ids=["usual parts", "parts of one", "parts of some", "oneDNN early"])
 def parts(request, monkeypatch):
-    """Small temporaries: parts of examples, and of rows."""
-    if request.param is not None:
+    """Small temporaries: parts of examples, and of rows; or small products by oneDNN, too."""
+    if request.param == "oneDNN":
+        monkeypatch.setattr("nngeo.linalg.contraction.LARGE", 2**8)
+    elif request.param is not None:
         monkeypatch.setattr("nngeo.linalg.squares.CACHED", request.param)
         monkeypatch.setattr("nngeo.linalg.outer.CACHED", request.param)
         monkeypatch.setattr("nngeo.linalg.outer.PART", request.param)

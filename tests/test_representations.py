@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import mmap
 import pickle
 import threading
 import warnings
@@ -540,6 +541,16 @@ def test_a_copy_that_does_not_fit_is_refused(kind, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 400)
     with pytest.raises(MemoryError, match=rf"A copy of this {kind.__name__}.*Use `data`"):
         found.to_torch()
+
+
+def test_room_is_there_where_the_system_refuses_huge_pages(monkeypatch):
+    class Small(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory, "LARGE", 0)
+    monkeypatch.setattr(mmap, "mmap", Small)
+    assert memory.room((2, 3), torch.ones(1)).fill_(2).sum() == 12
 
 
 def test_the_dense_form_of_a_small_matrix_may_not_fit(monkeypatch):
