@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nngeo import FIM, NTK, PMatDiag, PMatKFAC
 from nngeo.layers.collection import LayerCollection
 from nngeo.linalg import contraction
-from nngeo.linalg.contraction import add_inner, inner, moment
+from nngeo.linalg.contraction import add_inner, inner, moment, onednn_gains
 
 SHAPES = [(1, 1), (3, 5), (300, 7), (300, 200), (129, 129), (0, 4), (4, 0)]
 DTYPES = [torch.float32, torch.float64]
@@ -24,8 +25,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.fixture(autouse=True, params=[2**8, contraction.LARGE], ids=["oneDNN early", "oneDNN late"])
 def large(request, monkeypatch):
-    """Small products by oneDNN, too, where it is used at all."""
+    """Products by oneDNN, whatever its speed on this machine; small ones, too."""
     monkeypatch.setattr(contraction, "LARGE", request.param)
+    monkeypatch.setattr(contraction, "onednn_gains", lambda threads: True)
 
 
 def close(found: Tensor, x: Tensor, y: Tensor) -> None:
@@ -110,3 +112,21 @@ def test_float32_statistics_are_those_of_float64(matrix, monkeypatch):
     assert_close(single.double(), double, rtol=1e-3, atol=1e-5 * float(double.abs().max()))
     monkeypatch.setattr(contraction, "_onednn", lambda x, y: False)
     assert_close(found(torch.float32), single, rtol=1e-3, atol=1e-5 * float(single.abs().max()))
+
+
+def test_the_kernel_is_chosen_by_one_measurement_that_the_callers_modes_do_not_see():
+    """A mode that counts operations sees the products that were asked for, and nothing of the timing."""
+
+    class Seen(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    onednn_gains.cache_clear()
+    with Seen() as seen:
+        first = onednn_gains(torch.get_num_threads())
+    assert seen.calls == 0
+    assert onednn_gains(torch.get_num_threads()) is first
+    assert onednn_gains.cache_info().misses == 1

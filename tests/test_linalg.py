@@ -241,6 +241,7 @@ def parts(request, monkeypatch):
     """Small temporaries: parts of examples, and of rows; or small products by oneDNN, too."""
     if request.param == "oneDNN":
         monkeypatch.setattr("nngeo.linalg.contraction.LARGE", 2**8)
+        monkeypatch.setattr("nngeo.linalg.contraction.onednn_gains", lambda threads: True)
     elif request.param is not None:
         monkeypatch.setattr("nngeo.linalg.squares.CACHED", request.param)
         monkeypatch.setattr("nngeo.linalg.outer.CACHED", request.param)

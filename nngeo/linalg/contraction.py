@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -17,8 +22,8 @@ NARROW = 64
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """x y' (m, l) of x (m, c) and y (l, c); with leading axes in common, one product for each of their entries.
 
-    In float32 on a CPU by oneDNN, whose kernels for this form reach twice the speed of MKL's where MKL does not know
-    the processor; elsewhere by torch.matmul.
+    In float32 on a CPU by oneDNN where that was measured to be faster on this machine (see `onednn_gains`); elsewhere
+    by torch.matmul.
     """
     if x.ndim == 2:
         return _inner(x, y)
@@ -86,6 +91,33 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     return by_onednn(x, y, len(y) < NARROW and turned(len(y), len(x)))
 
 
+@cache
+def onednn_gains(threads: int) -> bool:
+    """Measure whether oneDNN takes under 0.9 of torch.matmul's time here, once a process and number of threads.
+
+    It takes about 15 ms. On some processors oneDNN multiplies at twice the speed of the library behind torch.matmul, on
+    others at 0.65 of it.
+    """
+
+    def measured() -> bool:
+        x = torch.ones(256, 256)
+        library, onednn = [], []
+        for _ in range(15):
+            library.append(_seconds(lambda: x @ x.mT))
+            onednn.append(_seconds(lambda: by_onednn(x, x, False)))
+        return min(onednn) < 0.9 * min(library)
+
+    # A thread of its own has none of the caller's modes and transforms, which would count or trace these products.
+    with ThreadPoolExecutor(1) as fresh:
+        return fresh.submit(measured).result()
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def _onednn(x: Tensor, y: Tensor) -> bool:
     return bool(
         x.dtype == y.dtype == torch.float32
@@ -94,4 +126,5 @@ def _onednn(x: Tensor, y: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+        and onednn_gains(torch.get_num_threads())
     )
