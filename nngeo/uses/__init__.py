@@ -1,0 +1,6 @@
+"""Jobs: plain objects on the public API, each short enough to read, and to write the next one after it."""
+
+from nngeo.uses.ewc import EWC
+from nngeo.uses.quadratic import Quadratic
+
+__all__ = ["EWC", "Quadratic"]
