@@ -8,8 +8,10 @@ import torch
 
 from nngeo.linalg.leaveoneout import LeaveOneOut
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, rademacher
+from nngeo.linalg.precision import full_precision
 
 
+@full_precision
 def estimate_diag(
     matrix: Operator, samples: int = 30, *, method: str = "xdiag", generator: torch.Generator | None = None
 ) -> Estimated:
@@ -24,6 +26,7 @@ def estimate_diag(
     return DIAG_ESTIMATORS[method](matrix, samples, generator=generator)
 
 
+@full_precision
 @torch.no_grad()
 def hutchinson_diagonal(matrix: Operator, samples: int = 30, *, generator: torch.Generator | None = None) -> Estimated:
     """The mean of `v * (A v)` over random signs v (Bekas, Kokiopoulou & Saad, 2007): unbiased.
@@ -45,6 +48,7 @@ def hutchinson_diagonal(matrix: Operator, samples: int = 30, *, generator: torch
     return Estimated(mean, (squares / (samples - 1) / samples).sqrt())
 
 
+@full_precision
 @torch.no_grad()
 def xdiag(matrix: Operator, samples: int = 30, *, generator: torch.Generator | None = None) -> Estimated:
     """The exact diagonal on a random subspace, and an estimate of the rest from a vector that the subspace leaves out.

@@ -13,6 +13,7 @@ from torch import Tensor
 from nngeo.linalg.cg import ConvergenceWarning
 from nngeo.linalg.krylov import Goal, Ritz, krylov_schur
 from nngeo.linalg.operator import Operator, Products, normal, scipy_operator
+from nngeo.linalg.precision import full_precision
 
 # How far in front an eigenvalue stands, by what is wanted.
 ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,6 +30,7 @@ class Eigenpairs(NamedTuple):
     vectors: Tensor
 
 
+@full_precision
 @torch.no_grad()
 def top_eigenpairs(
     matrix: Operator,

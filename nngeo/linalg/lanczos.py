@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.operator import Operator
+from nngeo.linalg.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Tridiagonal:
         return torch.diag_embed(self.alpha) + sides + sides.mT
 
 
+@full_precision
 @torch.no_grad()
 def tridiagonal(matrix: Operator, starts: Tensor, steps: int) -> Tridiagonal:
     """T (m, s, s) on the Krylov spaces of the rows of starts (m, P): m products for each of s steps.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nngeo.linalg.lanczos import tridiagonal
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, rademacher
+from nngeo.linalg.precision import full_precision
 
 
 class SpectralDensity(NamedTuple):
@@ -70,6 +71,7 @@ class Quadrature(NamedTuple):
         return SpectralDensity(grid, torch.einsum("sj,sjg->g", self.weights, bells) / len(self.nodes), width)
 
 
+@full_precision
 def trace_of(
     matrix: Operator,
     f: Callable[[Tensor], Tensor],
@@ -83,6 +85,7 @@ def trace_of(
     return Quadrature.of(matrix, samples, steps, generator=generator).trace_of(f)
 
 
+@full_precision
 def logdet(
     matrix: Operator, *, samples: int = 10, steps: int = 50, generator: torch.Generator | None = None
 ) -> Estimated:
@@ -102,6 +105,7 @@ def logdet(
     return rule.trace_of(torch.log)
 
 
+@full_precision
 def spectral_density(
     matrix: Operator,
     *,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nngeo.linalg.precision import full_precision
+
 Map = Callable[[Tensor], Tensor]
 
 
@@ -24,6 +26,10 @@ class Spectrum:
     values: Tensor
     into: Map  # vectors (..., p) -> their coordinates in the eigenbasis (..., p)
     back: Map  # the inverse of `into`
+
+    def __post_init__(self) -> None:
+        for name in ("into", "back"):
+            object.__setattr__(self, name, full_precision(getattr(self, name)))
 
     def ascending(self) -> Spectrum:
         """The same in the order of the eigenvalues."""

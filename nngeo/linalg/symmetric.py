@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nngeo.linalg.cache import Cache, version
 from nngeo.linalg.matrixfunction import matrix_function
+from nngeo.linalg.precision import FullPrecision
 from nngeo.linalg.spectrum import Spectrum, cleaned, extremes, logarithm, not_positive, power
 
 Eigen = tuple[Tensor, Tensor]
@@ -34,7 +35,7 @@ def spectral_norm(values: Tensor, ord: str | int) -> Tensor:
     return values.abs().max() if ord == 2 else values.abs().min()
 
 
-class SymmetricMatrix:
+class SymmetricMatrix(FullPrecision):
     """A symmetric matrix (p, p), not necessarily positive; decompositions are made again when it changes in place.
 
     Args:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from nngeo.linalg.leaveoneout import LeaveOneOut
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, normal, rademacher
+from nngeo.linalg.precision import full_precision
 
 
+@full_precision
 def estimate_trace(
     matrix: Operator, samples: int = 30, *, method: str = "xtrace", generator: torch.Generator | None = None
 ) -> Estimated:
@@ -25,6 +27,7 @@ def estimate_trace(
     return TRACE_ESTIMATORS[method](matrix, samples, generator=generator)
 
 
+@full_precision
 @torch.no_grad()
 def hutchinson(matrix: Operator, samples: int = 30, *, generator: torch.Generator | None = None) -> Estimated:
     """The mean of `v' A v` over random signs v (Girard, 1989; Hutchinson, 1990): unbiased.
@@ -36,6 +39,7 @@ def hutchinson(matrix: Operator, samples: int = 30, *, generator: torch.Generato
     return Estimated.mean(torch.cat([_forms(matrix, v) for v in _signs(matrix, samples, generator)]))
 
 
+@full_precision
 @torch.no_grad()
 def hutch_plus_plus(matrix: Operator, samples: int = 30, *, generator: torch.Generator | None = None) -> Estimated:
     """The exact trace on a random subspace that holds most of A, and Hutchinson's estimate of the rest.
@@ -54,6 +58,7 @@ def hutch_plus_plus(matrix: Operator, samples: int = 30, *, generator: torch.Gen
     return Estimated(_forms(matrix, q).sum() + rest.value, rest.error)
 
 
+@full_precision
 @torch.no_grad()
 def xtrace(matrix: Operator, samples: int = 30, *, generator: torch.Generator | None = None) -> Estimated:
     """The mean over m = samples / 2 vectors of what Hutch++ says with a basis of the others, each vector used twice.

@@ -14,6 +14,7 @@ from torch import Tensor
 from nngeo.layers.collection import Layer
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.precision import FullPrecision
 from nngeo.linalg.spectrum import Spectrum, logarithm, power
 from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.estimate import positive_count
@@ -30,7 +31,7 @@ BLOCKS: dict[str, type[Block]] = {}
 
 
 @dataclass(frozen=True, eq=False)
-class Block(ABC):
+class Block(FullPrecision, ABC):
     """A symmetric matrix over the p parameters of one layer; its operations act on the last axis of (..., p).
 
     Fields are tensors, and a MatrixView or None. What is derived from them is cached, and never part of the state.

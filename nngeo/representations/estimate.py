@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.precision import FullPrecision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from nngeo.generators import BatchRecord, Generator
 
 
-class Estimate(ABC):
+class Estimate(FullPrecision, ABC):
     """Estimated by a generator from examples, or made of data; an element of a vector space.
 
     Copies share the generator. A pickle keeps it where it can be pickled; else what needs it says that it is gone.
@@ -43,8 +44,7 @@ class Estimate(ABC):
             raise ValueError(f"{type(self).__name__} takes exactly one of `data` and `examples`.")
         self.layer_collection, self.generator = layer_collection, generator
         if data is None:
-            with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-                self.data, self.n_examples = self._estimate(examples)
+            self.data, self.n_examples = self._estimate(examples)
         else:
             self.data = self._checked(data)
 

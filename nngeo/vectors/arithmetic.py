@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.precision import FullPrecision
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Arithmetic(ABC):
+class Arithmetic(FullPrecision, ABC):
     """+ - * / ** with numbers, 0-d tensors and vectors of the same space, on both sides and in place.
 
     The result has the representation of the vector on the left, and is differentiable where its tensors are.

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.precision import full_precision
 from nngeo.vectors.pvector import PVector
 
 
+@full_precision
 def grad(scalar: Tensor, pvector: PVector, *, allow_unused: bool = False, **options: Any) -> PVector:
     """The gradient of a scalar with respect to a PVector, in the PVector's representation.
 
