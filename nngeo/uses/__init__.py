@@ -1,6 +1,7 @@
 """Jobs: plain objects on the public API, each short enough to read, and to write the next one after it."""
 
 from nngeo.uses.ewc import EWC
+from nngeo.uses.laplace import Laplace
 from nngeo.uses.quadratic import Quadratic
 
-__all__ = ["EWC", "Quadratic"]
+__all__ = ["EWC", "Laplace", "Quadratic"]

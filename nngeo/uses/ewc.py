@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nngeo.factories import FIM, FIM_MonteCarlo
-from nngeo.generators import Examples
 from nngeo.layers import LayerCollection
-from nngeo.representations import PMat, PMatEKFAC, PMatEKFACBlockDiag
+from nngeo.representations import PMat
+from nngeo.uses.estimates import fisher
 from nngeo.uses.quadratic import Quadratic
 from nngeo.vectors import PVector
 
@@ -57,9 +56,7 @@ class EWC:
     ):
         self.model, self.representation, self.layer_collection = model, representation, layer_collection
         self.quadratic = Quadratic(decay)
-        how = {} if trials is None else {"trials": trials}
-        self._options = {"variant": variant, "verbose": verbose, **how, **options}
-        self._estimate = FIM if trials is None else FIM_MonteCarlo
+        self._options = {"variant": variant, "trials": trials, "verbose": verbose, **options}
 
     def consolidate(self, loader: Any) -> Self:
         """Remember the task of these examples at the model's weights, which are copied. Returns itself.
@@ -67,10 +64,7 @@ class EWC:
         Costs one estimate of the Fisher matrix.
         """
         layers = LayerCollection.from_model(self.model) if self.layer_collection is None else self.layer_collection
-        examples = Examples.kept(loader)
-        F = self._estimate(self.model, examples, self.representation, layer_collection=layers, **self._options)
-        if isinstance(F, PMatEKFAC | PMatEKFACBlockDiag) and not F.updated:
-            F.update_diag(examples)
+        F = fisher(self.model, loader, self.representation, layer_collection=layers, **self._options)
         self.quadratic.add(F, PVector.from_model(self.model, layers))
         return self
 
