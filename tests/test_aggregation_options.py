@@ -125,7 +125,7 @@ def test_options_written_later_count(option, value):
     assert torch.equal(aggregator(matrix(J)), expected(matrix(J)))
 
 
-PIVOTING = "PivotingProjector(norm_eps=0.0001, reg_eps=0.0001, strict=False)"
+PIVOTING = "PivotingProjector(norm_eps=0.0, reg_eps=0.0001, strict=False)"
 REPRS = {
     "mean": "Mean()",
     "sum": "Sum()",

@@ -51,10 +51,16 @@ def test_balanced_weights_of_singular_gramians_meet_their_equation_where_solvabl
     assert_close(g @ w * w, torch.ones_like(w), rtol=1e-6, atol=1e-6)
 
 
-def test_balanced_weights_stay_finite_at_stationary_points():
-    rows = torch.cat([normal(3, 5), -normal(3, 5).sum(0)[None]])
-    w = balanced_weights(rows @ rows.T, 1)
-    assert torch.isfinite(w).all() and (w > 0).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
+def test_balanced_weights_are_zero_where_some_weights_cancel_the_rows(s, dtype):
+    rows = torch.cat([normal(3, 5), -normal(3, 5).sum(0)[None]]).to(dtype).double()
+    assert not balanced_weights(rows @ rows.T, s).any()
+
+
+def test_too_few_steps_are_reported():
+    with pytest.raises(ArithmeticError, match="not found in 1 steps"):
+        balanced_weights(definite(7), 1, max_iter=1)
 
 
 def test_rows_of_zeros_are_balanced_by_one():

@@ -11,7 +11,7 @@ from nngeo.descent.aggregation.base import Aggregator
 from nngeo.descent.autojac import arguments, onepass
 from nngeo.descent.autojac import backward as accumulate_jacobians
 from nngeo.descent.autojac.arguments import Aggregation
-from nngeo.descent.autojac.combine import Combination, combine, ignores_values, weights_from_gramian
+from nngeo.descent.autojac.combine import Combination, as_of, combine, ignores_values, weights_from_gramian
 from nngeo.descent.autojac.fields import accumulate_grads
 from nngeo.descent.autojac.graph import leaves
 from nngeo.descent.autojac.rows import Rows, jacobians, vectorized, vectorizes, weighted_sum
@@ -90,9 +90,9 @@ def _combined(
     m = len(rows)
     if weigh is not None and ignores_values(aggregator):
         weights = weigh(rows.tensors[0].new_empty(m, 0))
-        return Combination(weighted_sum(rows, inputs, weights, retain_graph), weights)
+        return Combination(weighted_sum(rows, inputs, weights, retain_graph), as_of(inputs[0], weights))
     if weigh is not None and (chunk or m) >= m > KEPT_ROWS and vectorizes(rows, inputs):
         with vectorized():
             weights = weigh(onepass.streamed_gramian(rows, inputs))
-            return Combination(weighted_sum(rows, inputs, weights, retain_graph), weights)
+            return Combination(weighted_sum(rows, inputs, weights, retain_graph), as_of(inputs[0], weights))
     return combine(jacobians(rows, inputs, chunk, retain_graph=retain_graph), aggregator)

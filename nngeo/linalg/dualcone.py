@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.complementarity import active_set_solutions, complementary_solutions
+from nngeo.linalg.gramian import rounding
 
 ROUNDS = 3  # of proximal steps on a singular Gramian
 
@@ -35,7 +36,8 @@ def dual_cone_weights(u: Tensor, g: Tensor) -> Tensor:
 def semidefinite_dual_cone_weights(u: Tensor, g: Tensor, *, strict: bool = False) -> Tensor:
     """The same for any Gramian, singular or with rows of any scale, without the bias of a ridge.
 
-    "Rounding" is that of the dtype of g here. Weights of rows that are zero stay as they are in u.
+    "Rounding" is that of a Gramian of this dtype (`linalg.gramian.rounding`). Weights of rows that are zero stay as
+    they are in u.
 
     Args:
         strict: a projection that is zero to rounding, so that its direction means nothing (a Pareto-stationary
@@ -44,7 +46,7 @@ def semidefinite_dual_cone_weights(u: Tensor, g: Tensor, *, strict: bool = False
     Raises:
         ArithmeticError: as `dual_cone_weights`.
     """
-    eps = torch.finfo(g.dtype).eps
+    eps = rounding(g.dtype)
     u, g = u.double(), symmetric(g.double())
     squares = g.diagonal()
     nonzero = squares > 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nngeo.descent.aggregation.options import Delegated, check_finite, describe
 from nngeo.descent.aggregation.stateful import Stateful, reset
+from nngeo.linalg.gramian import row_gramian
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -72,7 +73,7 @@ class GramianWeighting(Weighting):
 
 
 class ComposedWeighting(Weighting, Stateful):
-    """`weighting(fn(statistic))`."""
+    """`weighting(fn(statistic))`, in the dtype of the statistic."""
 
     def __init__(self, weighting: Weighting, fn: Transform) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class ComposedWeighting(Weighting, Stateful):
         return self.weighting.differentiable
 
     def forward(self, statistic: Tensor, /) -> Tensor:
-        return self.weighting(self.fn(statistic))
+        return self.weighting(self.fn(statistic)).to(statistic.dtype)
 
     def reset(self) -> None:
         reset(self.weighting)
@@ -194,22 +195,17 @@ class WeightedAggregator(Aggregator, Stateful):
 
 
 class GramianWeightedAggregator(WeightedAggregator):
-    """`gramian_weighting(J J') @ J`."""
+    """`gramian_weighting(J J') @ J`, with the Gramian in double precision."""
 
     gramian_weighting: Weighting
 
     def _take(self, weighting: Weighting) -> None:
         self.gramian_weighting = weighting
-        self.weighting = weighting << gramian
+        self.weighting = weighting << row_gramian
 
     @property
     def with_options(self) -> Weighting:
         return self.gramian_weighting
-
-
-def gramian(matrix: Tensor) -> Tensor:
-    """`J J'` (m, m)."""
-    return matrix @ matrix.T
 
 
 def check_matrix(matrix: Tensor) -> None:

@@ -7,22 +7,25 @@ from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
 from nngeo.descent.aggregation.options import number
-from nngeo.linalg.complementarity import complementary_solutions
 from nngeo.linalg.dualcone import symmetric
+from nngeo.linalg.gramian import rounding
+from nngeo.linalg.maximin import maximin_weights
 
-RIDGE = 1e-12  # of a Gramian with trace 1
+ACCURACY = 1e-6  # that a solution has to have; most have 1e-12
 
 
 class CAGradWeighting(GramianWeighting):
     """Weights `1/m + p`: `d = g_0 + J'p` maximises the least `g_i.d` in `|d - g_0| <= c |g_0|`, g_0 the mean.
 
-    The d with all `g_i.d >= t` that is nearest to g_0 is a linear complementarity problem in p; its distance grows
-    with t and is convex, and Newton's method finds the t where it is `c |g_0|`. Exact, in double precision.
+    Exact, by Newton's method in double precision (`linalg.maximin`), but for a ridge of the size of rounding.
 
     Args:
-        c: relative radius of the ball. With c >= 1 no loss gets worse.
-        norm_eps: a Gramian with trace below is zero, and so are the weights where some mean of the gradients is
-            shorter than this, with J scaled to Frobenius norm 1 (Pareto stationary).
+        c: relative radius of the ball. With c >= 1 no loss gets worse, and the weights are zero where none can gain.
+        norm_eps: the weights are zero where some mean of the gradients is shorter than this, with J scaled to
+            Frobenius norm 1 (Pareto stationary).
+
+    Raises:
+        ArithmeticError: no solution to six digits was found.
     """
 
     c = number(0)
@@ -37,41 +40,25 @@ class CAGradWeighting(GramianWeighting):
         m = len(gramian)
         g = symmetric(gramian.double())
         trace = g.trace()
-        if trace < self.norm_eps or trace == 0:
+        if trace == 0:
             return torch.zeros_like(gramian[0])
-        g = g / trace + RIDGE * torch.eye(m, dtype=g.dtype, device=g.device)
+        ridge = 4 * rounding(gramian.dtype)
+        g = g / trace + ridge * torch.eye(m, dtype=g.dtype, device=g.device)
         b = g.mean(0)
-        radius = self.c * b.mean().sqrt()
-        p = _reach(g, b, radius) if radius > 0 else torch.zeros_like(b)
+        radius = self.c * b.mean().clamp(min=0).sqrt()
+        if radius == 0:
+            return torch.full_like(gramian[0], 1 / m)
+        p, error = maximin_weights(g, b, radius)
         # p = radius w / |J'w| with w on the simplex.
         stationary = p.sum() * self.norm_eps > radius
-        return torch.where(stationary, 0, 1 / m + p).to(gramian)
-
-
-def _reach(g: Tensor, b: Tensor, radius: Tensor) -> Tensor:
-    """The p >= 0 (m,) of length `|J'p| = radius` for the largest t with `g p + b >= t`, complementary to p."""
-    low = b.amin()  # p is zero
-    high = t = (b + radius * g.diagonal().sqrt()).amin()  # farther than the radius, for the row of the minimum
-    far = torch.zeros_like(b)
-    for _ in range(100):
-        solutions, solved = complementary_solutions(g, (b - t)[None])
-        p = solutions[0]
-        length = (p @ g @ p).clamp(min=0).sqrt()  # a Gramian in single precision can be indefinite
-        if solved and (length - radius).abs() <= 1e-13 * radius:
-            return p
-        if solved and length < radius:
-            low = t
-        else:
-            high, far = t, p
-        # The length is convex in t: from above, Newton's steps come down to the root and never beyond, but for
-        # rounding. Near Pareto-stationary points p is large and rounding is all there is: then halves.
-        t = t - (length - radius) * length / p.sum()
-        if not solved or not low < t < high:
-            t = (low + high) / 2
-        if high - low <= 1e-14 * radius:
-            break
-    shortest = (RIDGE * far.sum()).clamp(min=torch.finfo(g.dtype).tiny)
-    return far * (radius / (far @ g @ far).clamp(min=0).sqrt().maximum(shortest))
+        if stationary or (self.c >= 1 and (g @ p + b).amin() <= ridge):
+            return torch.zeros_like(gramian[0])
+        if not error <= ACCURACY:
+            raise ArithmeticError(
+                f"CAGrad found no solution for these {m} gradients: the relative error is {error:.1e}. "
+                "Nearly every mean of them is zero: a larger norm_eps gives zero there."
+            )
+        return (1 / m + p).to(gramian)
 
 
 class CAGrad(GramianWeightedAggregator, of=CAGradWeighting):

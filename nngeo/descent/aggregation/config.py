@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
 from nngeo.descent.aggregation.options import rows_or, vector
+from nngeo.linalg.gramian import rounding
 
 
 class ConFIGWeighting(GramianWeighting):
@@ -30,8 +31,8 @@ class ConFIGWeighting(GramianWeighting):
         eigenvalues, vectors = torch.linalg.eigh(units)
         coordinates = u @ vectors
         # A coordinate of u that is zero to rounding has no direction: opposite gradients would give one of noise.
-        rounding = len(u) * torch.finfo(u.dtype).eps
-        kept = (eigenvalues > rounding * eigenvalues[-1]) & (coordinates.abs() > 4 * rounding * u.norm())
+        there = coordinates.abs() > 4 * len(u) * torch.finfo(u.dtype).eps * u.norm()
+        kept = there & (eigenvalues > len(u) * rounding(u.dtype) * eigenvalues[-1])
         solution = torch.where(kept, coordinates / eigenvalues, 0)
         v, squared_norm = vectors @ solution, solution @ coordinates
         # The weights of d are v / |U'v|, and its length has another |U'v|.

@@ -35,14 +35,14 @@ class DualConeWeighting(GramianWeighting):
         pref_vector: Tensor | None = None,
         projector: DualConeProjector | None = None,
         *,
-        norm_eps: float = 1e-4,
+        norm_eps: float = 0.0,
         reg_eps: float = 1e-4,
         strict: bool = False,
     ) -> None:
         super().__init__()
         self.pref_vector = pref_vector
         self.projector = projector or PivotingProjector(norm_eps=norm_eps, reg_eps=reg_eps, strict=strict)
-        if projector is not None and (norm_eps, reg_eps, strict) != (1e-4, 1e-4, False):
+        if projector is not None and (norm_eps, reg_eps, strict) != (0, 1e-4, False):
             raise ValueError("norm_eps, reg_eps and strict belong to the default projector: give them to yours.")
 
     @property

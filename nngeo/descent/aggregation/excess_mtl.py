@@ -13,7 +13,7 @@ from nngeo.descent.aggregation.stateful import Memory
 class ExcessMTLWeighting(Memory, RowWeighting):
     """Weights by exponentiated gradient steps on excess risks `sum_j J_ij^2 / sqrt(S_ij)`, S the sum of J^2 so far.
 
-    From the Jacobian (m, n) itself. Remembers S, of its size; forgets where that size changes.
+    From the Jacobian (m, n) itself. Remembers the roots of S, of its size; forgets where that size changes.
 
     Args:
         robust_step_size: of the step on the excess risks, relative to the first ones.
@@ -32,24 +32,24 @@ class ExcessMTLWeighting(Memory, RowWeighting):
 
     def weights(self, matrix: Tensor) -> Tensor:
         m = len(matrix)
-        w, squares, first, steps = self.recall(
+        w, lengths, first, steps = self.recall(
             matrix,
             tuple(matrix.shape),
             w=matrix.new_full((m,), 1 / m),
-            squares=torch.zeros_like(matrix),
+            lengths=torch.zeros_like(matrix),
             first=matrix.new_zeros(m),
             steps=0,
         )
-        squares = squares + matrix**2
-        risk = (matrix**2 / (squares + 1e-7).sqrt()).sum(1)
-        self.remember(squares=squares, steps=steps + 1)
+        lengths = torch.hypot(lengths, matrix)  # squares of large or small entries leave the range of float32
+        risk = torch.where(lengths > 0, matrix.abs() * (matrix.abs() / lengths), 0).sum(1)
+        self.remember(lengths=lengths, steps=steps + 1)
         if steps < max(self.n_warmup_steps, 1):
             first = first + risk / max(self.n_warmup_steps, 1)
             self.remember(first=first)
             if self.n_warmup_steps:
                 return w
         else:
-            risk = risk / (first + 1e-7)
+            risk = torch.where(first > 0, risk / first, risk)
         # Equation 9 in logarithms: a large excess risk saturates rather than overflows.
         w = (w.log() + self.robust_step_size * risk).softmax(0)
         self.remember(w=w)

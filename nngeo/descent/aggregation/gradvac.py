@@ -8,6 +8,7 @@ from torch import Tensor
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
 from nngeo.descent.aggregation.options import number
 from nngeo.descent.aggregation.stateful import Memory
+from nngeo.linalg.gramian import rounding
 
 
 class GradVacWeighting(Memory, GramianWeighting):
@@ -18,7 +19,7 @@ class GradVacWeighting(Memory, GramianWeighting):
 
     Args:
         beta: share of the newest cosine in an average.
-        eps: added to denominators.
+        eps: added to denominators; with 0 the result is linear in the scale of the gradients.
     """
 
     beta = number(0, 1)
@@ -37,17 +38,18 @@ class GradVacWeighting(Memory, GramianWeighting):
         orders = torch.stack([torch.randperm(m - 1) for _ in range(m)]).to(gramian.device)
         orders = orders + (orders >= rows[:, None])  # all but i
         lengths = gramian.diagonal().clamp(min=0).sqrt()
-        rounding = torch.finfo(gramian.dtype).eps ** 0.5
+        least = rounding(gramian.dtype) ** 0.5
         c = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
         products = gramian.clone()  # of the changed gradients with all gradients, C G
         for j in orders.T:
             length = (products * c).sum(1).clamp(min=0).sqrt()
-            cosine = (products[rows, j] / (length * lengths[j] + self.eps)).clamp(-1, 1)
+            both = length * lengths[j] + self.eps
+            cosine = torch.where(both > 0, products[rows, j] / both, 0).clamp(-1, 1)
             goal = phi[rows, j]
             sine, goal_sine = (1 - cosine**2).clamp(min=0).sqrt(), (1 - goal**2).clamp(min=0).sqrt()
             w = length * (goal * sine - cosine * goal_sine) / (lengths[j] * goal_sine + self.eps)
             # No turn reaches a cosine of 1; what is left of a gradient in rounding would grow without bound.
-            w = torch.where((cosine < goal) & (goal_sine > rounding), w, 0)
+            w = torch.where((cosine < goal) & (goal_sine > least), w, 0)
             c[rows, j] += w
             products += w[:, None] * gramian[j]
             phi[rows, j] = (1 - self.beta) * goal + self.beta * cosine

@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
+from nngeo.linalg.gramian import rounding
 
 
 class IMTLGWeighting(GramianWeighting):
     """Weights `v / sum v` with `v = G^+ d`, d the lengths of the gradients; zero where the sum is."""
 
     def weights(self, gramian: Tensor) -> Tensor:
-        v = torch.linalg.pinv(gramian) @ gramian.diagonal().sqrt()
+        squares, eps = gramian.diagonal(), rounding(gramian.dtype)
+        eigenvalues, vectors = torch.linalg.eigh(gramian)
+        kept = eigenvalues > len(gramian) * eps * eigenvalues[-1]
+        # The weights do not depend on the scale, which is that of the longest gradient here.
+        v = vectors @ torch.where(kept, squares.max() / eigenvalues * ((squares / squares.max()).sqrt() @ vectors), 0)
         total = v.sum()
-        return torch.where(total.abs() < 1e-12, 0, v / total)
+        return torch.where(total.abs() > eps**0.5 * v.abs().sum(), v / total, 0)
 
 
 class IMTLG(GramianWeightedAggregator, of=IMTLGWeighting):

@@ -12,6 +12,7 @@ from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWei
 from nngeo.descent.aggregation.options import Option, number
 from nngeo.descent.aggregation.stateful import Memory
 from nngeo.linalg.dualcone import symmetric
+from nngeo.linalg.gramian import rounding
 
 
 def _fractions(name: str, value: Any) -> Any:
@@ -33,7 +34,7 @@ class PCDWeighting(Memory, GramianWeighting):
     Args:
         tau: the share of its own progress that each secondary objective gets, in [0, 1]; one for all or (m - 1,).
         beta: share of the past in the averages of squared lengths.
-        eps: added to these averages.
+        eps: added to these averages; with 0 the result is linear in the scale of the gradients.
     """
 
     tau = Option(_fractions)
@@ -58,8 +59,8 @@ class PCDWeighting(Memory, GramianWeighting):
         w[1:] = _multipliers(unit[1:, 1:], tau * unit.diagonal()[1:] - unit[1:, 0])
         squared_norm = w @ unit @ w
         # The squared norm is a difference of larger numbers: below their rounding it is zero.
-        rounding = 10 * torch.finfo(gramian.dtype).eps * (w @ unit.diagonal().sqrt()) ** 2
-        scale = (squares[0] / squared_norm).sqrt() if squared_norm > rounding else 0.0
+        least = 10 * rounding(gramian.dtype) * (w @ unit.diagonal().sqrt()) ** 2
+        scale = (squares[0] / squared_norm).sqrt() if squared_norm > least else 0.0
         return (w * s * scale).to(gramian)
 
     def _scales(self, squares: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class DualConeProjector(ABC):
 
 
 class Regularized(DualConeProjector):
-    """A projector for `G / tr G + reg_eps I`, with G taken as zero where `tr G < norm_eps`."""
+    """A projector for `G / tr G + reg_eps I`, with G taken as zero where it is, or where `tr G < norm_eps`."""
 
     norm_eps = number(0)
     reg_eps = number(0)
@@ -56,7 +56,7 @@ class Regularized(DualConeProjector):
         """The regularized Gramian (m, m) in double precision."""
         g = symmetric(G.double())
         trace = g.trace()
-        g = torch.where(trace < self.norm_eps, torch.zeros_like(g), g / trace)
+        g = torch.where((trace < self.norm_eps) | (trace == 0), torch.zeros_like(g), g / trace)
         return g + self.reg_eps * torch.eye(len(g), dtype=g.dtype, device=g.device)
 
 
@@ -76,7 +76,7 @@ class PivotingProjector(Regularized):
 
     strict = Option(_boolean)
 
-    def __init__(self, *, norm_eps: float = 1e-4, reg_eps: float = 1e-4, strict: bool = False) -> None:
+    def __init__(self, *, norm_eps: float = 0.0, reg_eps: float = 1e-4, strict: bool = False) -> None:
         super().__init__(norm_eps=norm_eps, reg_eps=reg_eps)
         self.strict = strict
 

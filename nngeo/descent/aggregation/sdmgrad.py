@@ -52,7 +52,8 @@ class SDMGradWeighting(Memory, GramianWeighting):
         m = len(gramian)
         (w,) = self.recall(gramian, (m,), w=gramian.new_full((m,), 1 / m))
         pull = self.lambda_ * rows_or("pref_vector", self.pref_vector, 1 / m, gramian)
-        scaled = gramian / (gramian.diagonal().clamp(min=0).sqrt().mean() ** 2 + 1e-8)
+        square = gramian.diagonal().clamp(min=0).sqrt().mean() ** 2
+        scaled = torch.where(square > 0, gramian / square, 0)
         velocity = torch.zeros_like(w)
         for _ in range(self.n_iter):
             velocity = self.momentum * velocity + scaled @ (w + pull)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, WeightedAggregator
 from nngeo.descent.autojac.arguments import Aggregation
+from nngeo.linalg.gramian import row_gramian
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def combine(jacobians: Sequence[Tensor], aggregator: Aggregation) -> Combination
     weigh = weights_from_gramian(aggregator)
     if weigh is not None:
         weights = weigh(_blank(jacobians[0]) if ignores_values(aggregator) else gramian(jacobians))
-        return Combination([torch.tensordot(weights.to(x), x, dims=1) for x in jacobians], weights)
+        return Combination([torch.tensordot(weights.to(x), x, dims=1) for x in jacobians], as_of(jacobians[0], weights))
     joint = torch.cat([as_matrix(x).to(jacobians[0].device) for x in jacobians], 1)
     vector, found = _called(aggregator, joint)
     if vector.shape != joint.shape[1:]:
@@ -66,14 +67,18 @@ def ignores_values(aggregator: Aggregation) -> bool:
 
 
 def gramian(jacobians: Sequence[Tensor]) -> Tensor:
-    """`J J'` (m, m), summed over the Jacobians (m, *shape) of every parameter."""
+    """`J J'` (m, m), summed over the Jacobians (m, *shape) of every parameter; in float64."""
     return reduce(lambda total, x: total + products(x).to(total), jacobians[1:], products(jacobians[0]))
 
 
 def products(jacobian: Tensor) -> Tensor:
-    """Inner products (m, m) of the rows (m, *shape)."""
-    matrix = as_matrix(jacobian)
-    return matrix @ matrix.T
+    """Inner products (m, m) of the rows (m, *shape), in float64."""
+    return row_gramian(as_matrix(jacobian))
+
+
+def as_of(tensor: Tensor, weights: Tensor) -> Tensor:
+    """Weights in the precision of the rows by a tensor: not less than float32."""
+    return weights.to(torch.promote_types(tensor.dtype, torch.float32).to_real())
 
 
 def _blank(jacobian: Tensor) -> Tensor:
