@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nngeo.factories.arguments import Device, Mask, VariantChoice, checked, layers_for
 from nngeo.generators import JacobianGenerator
-from nngeo.generators.batches import Function
+from nngeo.generators.batches import Function, Target
 from nngeo.layers import LayerCollection
 from nngeo.representations import PMat
 from nngeo.variants import Empirical, Estimator, Exact, MonteCarlo, OutputHessian, Variant, make_variant
@@ -31,6 +31,7 @@ def FIM(
     n_output: int | None = None,
     empirical: bool = False,
     mask: Mask | None = None,
+    target: Target | None = None,
     ignore_index: int | None = -100,
     covariance: Any = None,
     check: bool = True,
@@ -58,6 +59,8 @@ def FIM(
         n_output: the number of outputs to expect; not needed.
         mask: which positions count: a function of the batch that returns booleans (b, *positions), or a key of dict
             batches. With "token_logits" and dict batches, "attention_mask" by default.
+        target: which entry of a batch is the target: its index, its key, or a function of the batch. By default what
+            follows the inputs; with a function, the last entry; in a dict the "labels".
         ignore_index: target of positions that do not count ("segmentation_logits", "token_logits"); None: all count.
         covariance: of the noise of "regression": a number, (o,) variances or (o, o); by default 1.
         check: compare the layers' rules with autograd on a few examples, once for a model: about fifteen forward or
@@ -84,7 +87,7 @@ def FIM(
     estimator = Empirical(kind) if empirical else Exact(kind)
     return _matrix(
         model, loader, representation, estimator, layer_collection, options,
-        function=function, device=device, mask=mask, n_output=n_output, check=check, verbose=verbose,
+        function=function, device=device, mask=mask, target=target, n_output=n_output, check=check, verbose=verbose,
     )  # fmt: skip
 
 
@@ -102,6 +105,7 @@ def FIM_MonteCarlo(
     generator: torch.Generator | None = None,
     n_output: int | None = None,
     mask: Mask | None = None,
+    target: Target | None = None,
     ignore_index: int | None = -100,
     covariance: Any = None,
     check: bool = True,
@@ -121,7 +125,7 @@ def FIM_MonteCarlo(
     estimator = MonteCarlo(_variant(variant, ignore_index, covariance), trials, generator)
     return _matrix(
         model, loader, representation, estimator, layer_collection, options,
-        function=function, device=device, mask=mask, n_output=n_output, check=check, verbose=verbose,
+        function=function, device=device, mask=mask, target=target, n_output=n_output, check=check, verbose=verbose,
     )  # fmt: skip
 
 
@@ -135,6 +139,7 @@ def GGN(
     layer_collection: LayerCollection | None = None,
     verbose: bool = False,
     *,
+    target: Target | None = None,
     check: bool = True,
     **options: Any,
 ) -> Matrix:
@@ -154,7 +159,7 @@ def GGN(
     """
     return _matrix(
         model, loader, representation, Exact(OutputHessian(loss_fn)), layer_collection, options,
-        function=function, device=device, check=check, verbose=verbose,
+        function=function, device=device, target=target, check=check, verbose=verbose,
     )  # fmt: skip
 
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_map, tree_unflatten
+
+from nngeo.generators.mappings import as_dicts, as_given
 
 Function = Callable[..., Any]
+Target = int | str | Callable[[Any], Any]  # of a batch: an index, a key, or a function of it
 TARGET_KEYS = ("labels", "label", "target", "targets")
 INPUT_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
@@ -22,8 +25,8 @@ class Batch:
     """One mini-batch: what the model is called with, and the targets.
 
     A tuple or list holds the model's input first and targets after it; where a function takes the whole of it, the
-    target comes last. A dict holds the model's keyword arguments, and the target under "labels" (or "label", "target",
-    "targets").
+    target comes last. A dict, or any other mapping, holds the model's keyword arguments, and the target under "labels"
+    (or "label", "target", "targets").
     """
 
     content: tuple | dict[str, Any]
@@ -33,20 +36,52 @@ class Batch:
         """From a tensor, a tuple or list, or a dict-like object."""
         if isinstance(content, Tensor):
             return cls((content,))
-        if isinstance(content, Mapping):
-            return cls(dict(content))
         if isinstance(content, tuple | list) and content:
-            return cls(tuple(content))
+            plain = all(isinstance(entry, Tensor) for entry in content)
+            return cls(tuple(content) if plain else tuple(as_dicts(list(content))))
+        if isinstance(content, Mapping):
+            return cls(as_dicts(dict(content) if type(content) in SUPPORTED_NODES else content))
         raise TypeError(
             f"A batch is a {type(content).__name__}; it should be a tensor, a tuple (inputs, targets), "
             "or a dict of the model's keyword arguments."
         )
 
-    def targets(self, function: Function | None) -> tuple:
-        """What follows the input or, where a function takes all, the last entry."""
+    def targets(self, function: Function | None, target: Target | None = None) -> tuple:
+        """What follows the input or, where a function takes all, the last entry; `target` says another one."""
+        if target is not None:
+            return (target(self.given) if callable(target) else self._entry(target),)
         if isinstance(self.content, dict):
             return tuple(self.content[key] for key in TARGET_KEYS if key in self.content)[:1]
         return self.content[1:] if function is None or len(self.content) < 2 else self.content[-1:]
+
+    def _entry(self, target: int | str) -> Any:
+        try:
+            return self.content[target]  # type: ignore[index]
+        except (IndexError, KeyError, TypeError) as error:
+            here = isinstance(self.content, dict)
+            found = f"the keys {', '.join(map(repr, self.content))}" if here else f"{len(self.content)} entries"
+            raise ValueError(
+                f"target={target!r} is no entry of the batch, which has {found}; give one, or a function of the batch."
+            ) from error
+
+    def several_targets(self) -> bool:
+        """Whether the last entry, a function's target, is a number of each example beside another: (x, y, index)."""
+        if isinstance(self.content, dict) or len(self.content) < 3:
+            return False
+        *others, last = self.content[1:]
+        number = isinstance(last, Tensor) and last.ndim == 1 and not last.is_floating_point()
+        return number and any(isinstance(x, Tensor) and x.shape == last.shape for x in others)
+
+    @property
+    def given(self) -> Any:
+        """The content as the user's functions take it: mappings are of the types that they came as."""
+        return as_given(self.content)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The entries of a dict, or of the dict that a tuple begins with."""
+        first = self.content[0] if isinstance(self.content, tuple) else self.content
+        return first if isinstance(first, dict) else {}
 
     @property
     def inputs(self) -> tuple | dict[str, Any]:
@@ -58,7 +93,7 @@ class Batch:
     @cached_property
     def size(self) -> int:
         """The number of examples: the length of the first tensor; in a dict, of an input as it is usually called."""
-        named = self.content if isinstance(self.content, dict) else {}
+        named = self.named
         usual = [named[key] for key in (*INPUT_KEYS, *TARGET_KEYS) if isinstance(named.get(key), Tensor)]
         for tensor in [*usual, *self.tensors()]:
             if tensor.ndim:
@@ -139,26 +174,28 @@ class Batch:
     def run(self, model: nn.Module, function: Function | None) -> Any:
         """`function(*batch)`, or the model on the inputs."""
         if function is not None:
-            return function(self.content) if isinstance(self.content, dict) else function(*self.content)
-        inputs = self.inputs
+            content = self.given
+            return function(*content) if isinstance(self.content, tuple) else function(content)
+        inputs = as_given(self.inputs)
         return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
     def mask(self, mask: Callable[[Any], Tensor] | str) -> Tensor:
         """Which positions count: by a function of the batch, or by its key."""
         if callable(mask):
-            return mask(self.content).bool()
-        if not isinstance(self.content, dict):
+            return mask(self.given).bool()
+        if not (named := self.named):
             raise TypeError(f"mask={mask!r} is a key, but the batches are tuples; give a function of the batch.")
-        if mask not in self.content:
-            raise ValueError(f"mask={mask!r} is no key of the batch; it has {', '.join(map(repr, self.content))}.")
-        return self.content[mask].bool()
+        if mask not in named:
+            raise ValueError(f"mask={mask!r} is no key of the batch; it has {', '.join(map(repr, named))}.")
+        return named[mask].bool()
 
 
 class Examples:
     """Batches that can be iterated again, with the number of examples if it is known beforehand.
 
     Args:
-        source: a DataLoader or any iterable of batches, or one batch: a tensor, a tuple of tensors, or a dict.
+        source: a DataLoader or any iterable of batches, or one batch: a tensor, a dict or other mapping, or a tuple of
+            which one entry at least is a tensor. A list is one, too, where its entries can't be several batches.
     """
 
     source: Any
@@ -169,13 +206,7 @@ class Examples:
             self.source, self.single = source.source, source.single
             return
         self.source = source
-        tensors = isinstance(source, tuple | list) and len(source) > 0 and all(isinstance(x, Tensor) for x in source)
-        if tensors and isinstance(source, list) and len(source) > 1:
-            raise ValueError(
-                "`loader` is a list of tensors, which could be one batch or several. Give a tuple for one batch, "
-                "tuple(batch); or a list of tuples, [(x,) for x in batches]."
-            )
-        self.single = isinstance(source, Tensor | Mapping) or (tensors and isinstance(source, tuple))
+        self.single = _is_batch(source)
         if not self.single and not isinstance(source, Iterable):
             raise TypeError(
                 f"`loader` is a {type(source).__name__}; give a DataLoader, any iterable of batches, "
@@ -214,3 +245,21 @@ class Examples:
             yield batch
         if empty:
             raise ValueError("`loader` gave no batches: it is empty, or an iterator that was used up before.")
+
+
+def _is_batch(source: Any) -> bool:
+    """Whether this is one batch; raises for a list of tensors that could be one or several."""
+    if isinstance(source, Tensor | Mapping):
+        return True
+    if not isinstance(source, tuple | list) or not any(isinstance(entry, Tensor) for entry in source):
+        return False
+    if isinstance(source, tuple) or not all(isinstance(entry, Tensor) for entry in source):
+        return True
+    # A DataLoader makes a list of inputs and targets. Several batches of inputs are alike but for their sizes.
+    kinds, sizes = {(x.ndim, x.dtype) for x in source}, {x.shape[:1] for x in source}
+    if len(source) > 1 and (len(kinds) == 1 or len(sizes) > 1):
+        raise ValueError(
+            "`loader` is a list of tensors, which could be one batch or several. Give a tuple for one batch, "
+            "tuple(batch); or a list of tuples, [(x,) for x in batches]."
+        )
+    return len(source) > 1

@@ -13,7 +13,7 @@ from nngeo.generators.batches import Batch, Examples
 from nngeo.generators.differentiable import Backward, Footprint, differentiable, joined, split_by_parameter
 from nngeo.generators.independence import check_repeatable
 from nngeo.generators.kept import Kept, LinearizedGenerator
-from nngeo.generators.outputs import check_mode, tensor_of
+from nngeo.generators.outputs import check_mode, outputs_of
 from nngeo.generators.record import BatchRecord
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
@@ -93,7 +93,7 @@ class HessianGenerator(Generator):
 
     def run(self, batch: Batch) -> Tensor:
         """The outputs (b, ...), with their graph."""
-        return tensor_of(batch.run(self.model, None))
+        return outputs_of(batch, self.model, None)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The loss of a batch, 0-d, with its graph."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.outputs import check_outputs, tensor_of
+from nngeo.generators.outputs import check_outputs, outputs_of
 from nngeo.generators.untouched import untouched
 
 FEW = 6  # examples on which a model is looked at before a sweep
@@ -36,7 +36,7 @@ def run(model: nn.Module, function: Function | None, batch: Batch) -> Tensor:
     """The outputs (b, ...), with their graph; the model comes back as it was."""
     with untouched(model), torch.enable_grad():
         try:
-            return tensor_of(batch.run(model, function))
+            return outputs_of(batch, model, function)
         except RuntimeError as error:
             own, given = _dtypes(model.parameters()), _dtypes(batch.tensors())
             if "dtype" not in str(error) or own == given:
@@ -55,7 +55,7 @@ def check_independence(model: nn.Module, function: Function | None, examples: Fi
     one, few = (_run_alone(model, function, examples.whole, batch) for batch in (examples.one, examples.few))
     if few.ndim == 0 or len(few) != examples.few.size or one.ndim == 0 or len(one) != 1:
         raise ValueError(
-            f"Outputs have shape {tuple(one.shape)} for one example and {tuple(few.shape)} for {examples.few.size}: "
+            f"Outputs have shape {tuple(few.shape)} for {examples.few.size} examples and {tuple(one.shape)} for one: "
             "the first axis should be the batch. Bring it there by `function=`, for example "
             "function=lambda x, y: model(x).transpose(0, 1)."
         )

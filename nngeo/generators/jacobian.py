@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.base import Generator, device_of, dtype_is_one
-from nngeo.generators.batches import Batch, Function
+from nngeo.generators.batches import Batch, Function, Target
 from nngeo.generators.kept import KeptJacobian, LinearizedGenerator, require_second_derivatives
 from nngeo.generators.linearized import Linearizer, ReverseGraph
 from nngeo.generators.outputs import check_mode, check_outputs
@@ -34,6 +34,7 @@ class JacobianGenerator(Generator):
             or `function(batch)` with a dict.
         mask: which positions count, as a function of the batch or a key of a dict batch. By default, with token
             outputs, the "attention_mask" of a dict batch, unless the model is an encoder and decoder.
+        target: the target of a batch: a function of it, its index or its key; by default what `Batch.targets` says.
         n_output: the number of outputs to expect.
         check: whether the rules are compared with autograd on the first examples (see `accounting`).
     """
@@ -46,12 +47,13 @@ class JacobianGenerator(Generator):
         *,
         device: torch.device | str | None = None,
         mask: Callable[[Any], Tensor] | str | None = None,
+        target: Target | None = None,
         n_output: int | None = None,
         check: bool = True,
         verbose: bool = False,
     ):
         self.model, self.estimator, self.function = model, estimator, function
-        self.mask, self.n_output, self.check, self.verbose = mask, n_output, check, verbose
+        self.mask, self.target, self.n_output, self.check, self.verbose = mask, target, n_output, check, verbose
         device_of(model, device)
         self._sweeps = Sweeps()
         self._linearizers: dict[LayerCollection, Linearizer | None] = {}
@@ -64,7 +66,7 @@ class JacobianGenerator(Generator):
         dtype_is_one(self.model, layer_collection)
         planner = Planner(self.model, self.function, layer_collection, self.check)
         warned = False
-        for group in self._groups(OfRecords(planner, self.estimator), examples):
+        for group in self._groups(OfRecords(planner, self.estimator, self._targets), examples):
             recording = planner.record(Batch.joined(group))
             if (unused := recording.plan.unused) and not warned:
                 warned = True
@@ -181,8 +183,19 @@ class JacobianGenerator(Generator):
             # Of an encoder-decoder model it is the mask of the other side.
             decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
             mask = "attention_mask" if "attention_mask" in batch.content and not decoder else None
-        c = self.estimator(outputs, batch.targets(self.function), None if mask is None else batch.mask(mask))
+        c = self.estimator(outputs, self._targets(batch), None if mask is None else batch.mask(mask))
         return c if c.count else Cotangents.from_tensor(torch.zeros_like(outputs)[None])
+
+    def _targets(self, batch: Batch) -> tuple:
+        if self.function is not None and self.target is None and self.estimator.reads_targets:
+            if batch.several_targets():
+                warnings.warn(
+                    f"With `function=`, the last of the {len(batch.content)} entries of a batch is taken for the "
+                    "target, and another one could be it as well. Say which by `target=`: target=1, or a function of "
+                    "the batch.",
+                    stacklevel=2,
+                )
+        return batch.targets(self.function, self.target)
 
     def _groups(self, measure: Measure, examples: Any) -> Iterator[list[Batch]]:
         """The mini-batches that are run as one, or parts of them."""

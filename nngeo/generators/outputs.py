@@ -27,6 +27,13 @@ def tensor_of(outputs: Any) -> Tensor:
     )
 
 
+def outputs_of(batch: Batch, model: nn.Module, function: Function | None) -> Tensor:
+    """The outputs (b, ...) of a batch; the axis of a single example is put back where `.squeeze()` has removed it."""
+    outputs = tensor_of(batch.run(model, function))
+    squeezed = outputs.ndim == 0 or len(outputs) != 1
+    return outputs[None] if squeezed and batch.size == 1 else outputs
+
+
 def check_outputs(outputs: Tensor, batch: Batch, model: nn.Module, function: Function | None) -> None:
     """Raise where outputs can't be (b, ...) with finite entries."""
     if outputs.ndim == 0 or len(outputs) != batch.size:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.outputs import random_like, tensor_of
+from nngeo.generators.outputs import outputs_of, random_like
 from nngeo.generators.record import BatchRecord, LayerRecord
 from nngeo.generators.sources import (
     Replay,
@@ -90,7 +90,7 @@ class Recording:
             torch.enable_grad(),
             watch(model, plan.hosts(), batch.size, plan.added()) as self.seen,
         ):
-            self.outputs = tensor_of(batch.run(model, function))
+            self.outputs = outputs_of(batch, model, function)
         self.like = full_precision(self.outputs.detach())
         for host, calls in self.seen.calls.items():
             for j, call in enumerate(calls):
@@ -108,6 +108,7 @@ class Recording:
         for layout, shape in zip([*arguments, *outputs], [*call.argument_shapes(), *call.returned], strict=False):
             if layout.axis is None or shape is None:
                 continue
+            shape = layout.whole(shape)
             size, b = shape[layout.axis] if layout.axis < len(shape) else 0, self.batch.size
             if size == layout.entries * b:
                 continue

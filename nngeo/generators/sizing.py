@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,13 +54,14 @@ class OfRecords:
 
     planner: Planner
     estimator: Estimator
+    targets: Callable[[Batch], tuple]
 
     def load(self, batch: Batch) -> float:
         known, key = self.planner.plan(batch).loads, (self.estimator.kind, tuple(batch.shapes()))
         if key not in known:
             few = batch.parts(FEW, self.apart(batch))[0]
             recording = self.planner.record(few)
-            count = self.estimator.count(recording.outputs.detach(), few.targets(self.planner.function))
+            count = self.estimator.count(recording.outputs.detach(), self.targets(few))
             known[key] = load(recording) * count / few.size
         return known[key]
 

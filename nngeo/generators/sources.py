@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.outputs import tensor_of
+from nngeo.generators.outputs import outputs_of
 from nngeo.generators.untouched import untouched
 from nngeo.generators.watch import Call, Layout, added_layout
 from nngeo.layers.collection import Layer, LayerCollection
@@ -101,7 +101,7 @@ class Replay(nn.Module):
         self.training = model.training
 
     def forward(self, content: Any) -> Tensor:
-        return tensor_of(Batch(content).run(self.model, self.function))
+        return outputs_of(Batch(content), self.model, self.function)
 
 
 @dataclass(frozen=True)

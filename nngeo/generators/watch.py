@@ -25,6 +25,11 @@ class Layout:
     position_major: bool = False
     added: bool = False  # the axis was put in front by the sweep; one example does not have it
     entries: int = 1  # m, in the batch in which the layout was found
+    squeezed: int = 0  # the number of axes, where that of a single example is missing: `.squeeze()` has removed it
+
+    def whole(self, shape: torch.Size) -> torch.Size:
+        """The shape, with the axis of a single example where it is missing."""
+        return torch.Size((1, *shape)) if len(shape) < self.squeezed else shape
 
     def split(self, tensor: Tensor, b: int, lead: int = 0) -> Tensor:
         """(b, *what one example has), m entries on the axis; after `lead` axes of another kind."""
@@ -32,6 +37,8 @@ class Layout:
             return tensor.expand(b, *tensor.shape)
         if self.added:
             return tensor
+        if tensor.ndim - lead < self.squeezed:
+            tensor = tensor.unsqueeze(lead)
         axis = self.axis + lead
         m = tensor.shape[axis] // b
         if m == 1 and self.axis == 0:
@@ -44,7 +51,7 @@ class Layout:
     def between(cls, one: torch.Size, few: torch.Size, b: int) -> Layout | None:
         """From the shapes of the same tensor with one and with b examples; None where they fit no layout."""
         if len(one) != len(few):
-            return None
+            return cls(0, squeezed=len(few)) if few == (b, *one) else None
         axes = [axis for axis, (s, t) in enumerate(zip(one, few, strict=True)) if s != t]
         if any(few[axis] != b * one[axis] for axis in axes):
             return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nngeo.generators.batches import Batch, Function
+from nngeo.generators.mappings import as_dicts
 
 Wrt = str | Sequence[str]
 Place = int | str  # of an argument: its position, or its key
@@ -62,9 +63,9 @@ class Evaluation:
         if isinstance(x, Tensor):
             content: Any = (x,)
         elif isinstance(x, Mapping):
-            content = dict(x)
+            content = as_dicts(dict(x))
         elif isinstance(x, tuple | list):
-            content = tuple(x)
+            content = tuple(as_dicts(list(x)))
         else:
             raise TypeError(
                 f"`x` is a {type(x).__name__}; it should be a tensor, a tuple of positional arguments, or a dict of "

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nngeo.generators.outputs import check_outputs, tensor_of
+from nngeo.generators.outputs import check_outputs, outputs_of
 from nngeo.generators.sources import Replay
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.replace import call_with
@@ -33,7 +33,7 @@ class InputGraph(Differential):
         given = [arguments[place] for place in places.values()]
         self._leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in given]
         batch = evaluation.replaced(dict(zip(places.values(), self._leaves, strict=True)))
-        self.outputs = tensor_of(batch.run(evaluation.model, evaluation.function))
+        self.outputs = outputs_of(batch, evaluation.model, evaluation.function)
         check_outputs(self.outputs.detach(), batch, evaluation.model, evaluation.function)
         self.domain = inputs_space(places, given)
         self.codomain = outputs_space(self.outputs)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nngeo.generators.batches import Batch
 from nngeo.generators.differentiable import quiet
-from nngeo.generators.outputs import check_outputs, tensor_of
+from nngeo.generators.outputs import check_outputs, outputs_of
 from nngeo.layers.collection import LayerCollection
 from nngeo.products.contexts import second_derivatives
 from nngeo.products.differential import Differential
@@ -99,7 +99,7 @@ class InputDifferential(Differential):
 
     def _run(self, *leaves: Tensor) -> Tensor:
         batch = self.evaluation.replaced(dict(zip(self.places.values(), leaves, strict=True)))
-        outputs = tensor_of(batch.run(self.evaluation.model, self.evaluation.function))
+        outputs = outputs_of(batch, self.evaluation.model, self.evaluation.function)
         if "codomain" in vars(self) and outputs.shape != self.codomain.shape:
             raise NotImplementedError(
                 f"The outputs have shape {tuple(outputs.shape)}, and {tuple(self.codomain.shape or ())} for other "
@@ -128,7 +128,7 @@ class InputDifferential(Differential):
         part = Evaluation(self.evaluation.model, self.evaluation.function, few, self.evaluation.by_user)
         arguments = part.arguments()
         leaves = {place: arguments[place].detach().requires_grad_() for place in self.places.values()}
-        return tensor_of(part.replaced(leaves).run(part.model, part.function))
+        return outputs_of(part.replaced(leaves), part.model, part.function)
 
     @cached_property
     def _work(self) -> float:

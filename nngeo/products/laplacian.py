@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
 from nngeo.generators.differentiable import differentiable
-from nngeo.generators.outputs import check_outputs, tensor_of
+from nngeo.generators.outputs import check_outputs, outputs_of
 from nngeo.layers.collection import LayerCollection
 from nngeo.products.evaluation import Evaluation, Place, Wrt
 from nngeo.products.facts import facts_of
@@ -169,7 +169,7 @@ class _Run:
 
     def _call(self, inputs: Sequence[Tensor]) -> Tensor:
         batch = self.evaluation.replaced(dict(zip(self.places.values(), inputs, strict=True)))
-        return tensor_of(batch.run(self.evaluation.model, self.evaluation.function))
+        return outputs_of(batch, self.evaluation.model, self.evaluation.function)
 
     def _check(self, outputs: Tensor) -> None:
         check_outputs(outputs.detach(), self.evaluation.batch, self.evaluation.model, self.evaluation.function)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
-from nngeo.generators.outputs import check_outputs, tensor_of
+from nngeo.generators.outputs import check_outputs
+from nngeo.generators.outputs import outputs_of as outputs_of_batch
 from nngeo.layers.collection import LayerCollection
 from nngeo.products.evaluation import Evaluation
 from nngeo.products.facts import facts_of
@@ -26,7 +27,7 @@ def outputs_of(model: nn.Module, x: Any, function: Function | None, create_graph
     evaluation = Evaluation.of(model, x, function)
     facts_of(evaluation, LayerCollection(), ())
     with many_derivatives(model), torch.set_grad_enabled(create_graph):
-        outputs = tensor_of(evaluation.batch.run(model, evaluation.function))
+        outputs = outputs_of_batch(evaluation.batch, model, evaluation.function)
         check_outputs(outputs.detach(), evaluation.batch, model, evaluation.function)
     return outputs
 

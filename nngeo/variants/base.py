@@ -72,6 +72,7 @@ class Variant(ABC):
 
     name: str = ""
     padded = False  # whether the "attention_mask" of a dict batch says which positions count
+    reads_targets = True  # whether the exact metric depends on the targets, if only on which of them count
     by_example = False  # whether what it says of an example is the same in any batch, so that batches may be split
 
     @abstractmethod

@@ -17,6 +17,7 @@ class BinaryLogits(Variant):
     """Independent zeros and ones whose log-odds are the outputs, of any shape (b, ...): the metric is p (1 - p)."""
 
     by_example = True
+    reads_targets = False
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         z = working(outputs)

@@ -22,6 +22,7 @@ class SoftmaxVariant(Variant):
     """
 
     by_example = True
+    reads_targets = False
     class_axis: int
     ignore_index: int | None = None
 
@@ -129,6 +130,7 @@ class _PositionsVariant(SoftmaxVariant):
         if not (ignore_index is None or isinstance(ignore_index, int)):
             raise TypeError(f"`ignore_index` must be an integer or None; found {type(ignore_index).__name__}.")
         self.ignore_index = ignore_index
+        self.reads_targets = ignore_index is not None
 
     def validate(self, outputs: Tensor) -> None:
         Variant.validate(self, outputs)

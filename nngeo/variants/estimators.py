@@ -32,6 +32,11 @@ class Estimator(ABC):
         return type(self), self.variant.name
 
     @property
+    def reads_targets(self) -> bool:
+        """Whether the targets of a batch matter."""
+        return self.variant.reads_targets
+
+    @property
     def by_example(self) -> bool:
         """Whether an example has the same cotangents in any batch, so that batches may be split."""
         return self.variant.by_example
@@ -109,6 +114,8 @@ class MonteCarlo(Estimator):
 
 class Empirical(Estimator):
     """Gradients at the targets of the batch, one cotangent: the matrix is the second moment of the gradients."""
+
+    reads_targets = True
 
     def __call__(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         self.variant.validate(outputs)

@@ -17,6 +17,7 @@ class Identity(Variant):
     """The Euclidean metric of the outputs; its cotangents, the unit vectors, pull back to the rows of the Jacobian."""
 
     by_example = True
+    reads_targets = False
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         ones = torch.ones_like(outputs)
@@ -35,6 +36,7 @@ class Regression(Variant):
     """
 
     by_example = True
+    reads_targets = False
 
     def __init__(self, covariance: float | Sequence[Any] | Tensor = 1.0):
         self.covariance = _checked(covariance)

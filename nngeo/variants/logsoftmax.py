@@ -20,6 +20,7 @@ class ClassifLogSoftmax(Variant):
     """
 
     by_example = True
+    reads_targets = False
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         counted = self.counted(outputs, targets, mask)

@@ -16,6 +16,7 @@ class PoissonLogRate(Variant):
     """Independent counts whose log-rates are the outputs, of any shape (b, ...): the metric is the rate."""
 
     by_example = True
+    reads_targets = False
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         root = (working(outputs) / 2).exp()
