@@ -194,6 +194,33 @@ def test_the_pseudo_inverse_inverts_what_is_not_zero(name, case):
     )
 
 
+@pytest.mark.parametrize("regul", [0.3, torch.tensor(0.3, dtype=torch.float64)], ids=["number", "tensor"])
+@every
+def test_inverse_and_powers_with_damping_in_one_call(name, case, regul):
+    matrix, dense = matrix_of(name, case), dense_of(name, case)
+    shifted = dense + 0.3 * torch.eye(len(dense), dtype=torch.float64)
+    close(matrix.inv(regul).to_torch(), torch.linalg.inv(shifted))
+    close(matrix.inv(regul=regul).mv(rows(case)), torch.linalg.solve(shifted, rows(case)))
+    close(matrix.pow(-0.5, regul).to_torch(), function(shifted, lambda values: values**-0.5))
+    close(matrix.pow(2, regul=regul).to_torch(), shifted @ shifted)
+
+
+@on_linear
+def test_the_damped_inverse_is_differentiable_in_the_damping(name, case):
+    regul = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(matrix_of(name, case).inv(regul).trace(), regul)
+    values = torch.linalg.eigvalsh(dense_of(name, case))
+    close(found, -(values + 0.3).pow(-2).sum())
+
+
+@every
+def test_the_pseudo_inverse_may_cut_at_a_size(name, case):
+    close(
+        matrix_of(name, case).pinv(atol=1e-5).to_torch(),
+        torch.linalg.pinv(dense_of(name, case), atol=1e-5, rtol=0.0, hermitian=True),
+    )
+
+
 @every
 def test_positive_powers_do_not_need_damping(name, case):
     close(matrix_of(name, case).pow(2).to_torch(), dense_of(name, case) @ dense_of(name, case))

@@ -109,6 +109,23 @@ def test_collections_are_compared_by_names_and_shapes(model):
     assert list(layers.merge(other)) == ["0.0"] and layers.merge(part) == part
 
 
+def test_layers_know_the_shapes_of_weight_and_bias(model):
+    layers = LayerCollection.from_model(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)))
+    assert [(layer.weight, layer.bias, layer.has_bias()) for layer in layers.layers.values()] == [
+        ((4, 3), (4,), True),
+        ((2, 4), None, False),
+    ]
+
+
+def test_a_layer_is_added_under_a_name(model):
+    layers, every = LayerCollection(), LayerCollection.from_model(model)
+    layers.add_layer("0.0", every["0.0"])
+    layers.add_layer("head", every["1"])
+    assert layers.names == ["0.0.weight", "0.0.bias", "head.weight", "head.bias"]
+    with pytest.raises(ValueError, match="already is a layer 'head'"):
+        layers.add_layer("head", every["1"])
+
+
 def test_layers_can_be_added(model):
     layers = LayerCollection()
     layers.add_layer_from_model(model, model[1])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from nngeo.linalg.arguments import shown
 
 LayerChoice = str | type[nn.Module]
 Predicate = Callable[[str, nn.Module], bool]
@@ -30,6 +32,20 @@ class Layer:
     def sizes(self) -> list[int]:
         """The number of entries of each of its parameters."""
         return [prod(shape) for shape in self.shapes.values()]
+
+    @property
+    def weight(self) -> torch.Size | None:
+        """The shape of its parameter "weight", None without one."""
+        return self.shapes.get("weight")
+
+    @property
+    def bias(self) -> torch.Size | None:
+        """The shape of its parameter "bias", None without one."""
+        return self.shapes.get("bias")
+
+    def has_bias(self) -> bool:
+        """Whether it has a parameter "bias"."""
+        return "bias" in self.shapes
 
     def full_name(self, local: str) -> str:
         """The parameter's name in the model: `"net.0" + "weight" -> "net.0.weight"`."""
@@ -81,9 +97,23 @@ class LayerCollection:
             raise ValueError(f"{type(model).__name__} has no parameters{hint}.")
         return cls(chosen)
 
-    def add_layer(self, layer: Layer) -> None:
-        """Append a layer: its coordinates come last."""
-        self.layers[layer.name] = layer
+    def add_layer(self, name: str | Layer, layer: Layer | None = None) -> None:
+        """Append a layer, `add_layer(layer)` or `add_layer(name, layer)` under another name: its coordinates come last.
+
+        Raises:
+            ValueError: there already is one of this name.
+            TypeError: it is no Layer.
+        """
+        new = name if layer is None else layer
+        if not isinstance(new, Layer) or not isinstance(name, Layer if layer is None else str):
+            raise TypeError(
+                f"add_layer takes a Layer, or its name and a Layer; got {shown(name)} and {shown(layer)}. Layers come "
+                "from another collection, `layers[name]`, or by add_layer_from_model(model, module)."
+            )
+        new = replace(new, name=name) if isinstance(name, str) else new
+        if new.name in self.layers:
+            raise ValueError(f"There already is a layer {new.name!r}.")
+        self.layers[new.name] = new
 
     def add_layer_from_model(self, model: nn.Module, module: nn.Module) -> None:
         """Append the layer of one module of the model."""

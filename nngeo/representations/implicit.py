@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nngeo.generators.batches import Examples
 from nngeo.layers.collection import Layer, LayerCollection
+from nngeo.linalg.arguments import number
 from nngeo.representations.damping import Damping
 from nngeo.representations.estimate import positive_count
 from nngeo.representations.matrixfree import MatrixFree
@@ -152,11 +153,11 @@ class PMatImplicit(MatrixFree):
         new.generator = self._source().linearize(self.examples, self.layer_collection)
         return new
 
-    def inv(self, **options: Any) -> PMatInverse:
-        """The inverse, a matrix whose products are solves; `options` are those of `solve`, such as `preconditioner`."""
+    def inv(self, regul: float = 0.0, **options: Any) -> PMatInverse:
+        """`(F + regul I)^-1`, a matrix whose products are solves; `options` are those of `solve` (`preconditioner`)."""
         from nngeo.representations.inverse import PMatInverse
 
-        return PMatInverse(self, **options)
+        return PMatInverse(self, regul=number("regul", regul, least=0), **options)
 
     def _scaled(self, factor: float | Tensor) -> Self:
         new = self._like(None, None)

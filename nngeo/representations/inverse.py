@@ -54,10 +54,6 @@ class PMatInverse(MatrixFree):
     def _inverse(self) -> PMat:
         return self.data + self.options["regul"] if self.options["regul"] else self.data
 
-    def inv(self) -> PMat:
-        """The matrix itself."""
-        return self._inverse()
-
     def _diag(self) -> NoReturn:
         raise NotImplementedError(
             "The diagonal and the trace of an inverse take P solves: `F.inv().estimate_diag()` and `.estimate_trace()` "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.arguments import count, number
 from nngeo.linalg.spectrum import Spectrum, logarithm, power, pseudo_inverse
 from nngeo.representations.damping import Damping
 from nngeo.representations.estimate import Estimate
@@ -74,31 +75,39 @@ class SpectralAlgebra(Estimate):
 
     # What users call
 
-    def inv(self) -> PMat:
-        """The inverse, a matrix.
+    def inv(self, regul: float = 0.0) -> PMat:
+        """`(F + regul I)^-1`, a matrix.
 
         Raises:
-            ValueError: the matrix is singular; with its smallest eigenvalue.
+            ValueError: `F + regul I` is singular, with its smallest eigenvalue; or `regul` is negative.
         """
-        return self._inverse()
+        return self._with_regul(regul)._inverse()
 
-    def pinv(self, rtol: float | None = None) -> PMat:
+    def pinv(self, atol: float | None = None, rtol: float | None = None) -> PMat:
         """The inverse within the range, and zero outside of it.
 
         Args:
-            rtol: eigenvalues up to `rtol` times the largest count as zero; the precision of the dtype times P if None.
+            atol: eigenvalues up to `atol` in size count as zero; 0 if None.
+            rtol: so do those up to `rtol` times the largest; if None the precision of the dtype times P, or 0 where
+                `atol` is given.
         """
-        rtol = torch.finfo(self.dtype).eps * self.layer_collection.numel() if rtol is None else rtol
-        return self._function(partial(pseudo_inverse, cutoff=rtol * float(self.norm(2).detach())))
+        eps = 0.0 if atol is not None else torch.finfo(self.dtype).eps * self.layer_collection.numel()
+        rtol = eps if rtol is None else number("rtol", rtol, least=0)
+        cutoff = max(0.0 if atol is None else number("atol", atol, least=0), rtol * float(self.norm(2).detach()))
+        return self._function(partial(pseudo_inverse, cutoff=cutoff))
 
-    def pow(self, exponent: float) -> PMat:
-        """The matrix to a real power: `F.pow(-0.5)` is the inverse of the symmetric square root.
+    def pow(self, exponent: float, regul: float = 0.0) -> PMat:
+        """`(F + regul I)^exponent` for a real power: `F.pow(-0.5)` is the inverse of the symmetric square root.
 
         Raises:
-            ValueError: a negative power of a singular matrix, or a fractional one of an indefinite one; with the
-                smallest eigenvalue.
+            ValueError: a negative power of a singular matrix, or a fractional one of an indefinite one, with the
+                smallest eigenvalue; or `regul` is negative.
         """
-        return self._inverse() if exponent == -1 else self._function(partial(power, exponent=float(exponent)))
+        exponent, matrix = number("exponent", exponent), self._with_regul(regul)
+        return matrix._inverse() if exponent == -1 else matrix._function(partial(power, exponent=exponent))
+
+    def _with_regul(self, regul: float) -> Any:
+        return self + regul if number("regul", regul, least=0) else self
 
     def __pow__(self, exponent: float) -> PMat:
         return self.pow(exponent)
@@ -120,6 +129,7 @@ class SpectralAlgebra(Estimate):
         Raises:
             ValueError: the matrix is not positive definite (or semidefinite, for `inverse=False`).
         """
+        count("n", n, least=0)
         device = self.device if generator is None else generator.device
 
         def normal(size: int) -> Tensor:
@@ -138,10 +148,7 @@ class SpectralAlgebra(Estimate):
 
     def top_eigenpairs(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues (k,), descending, and their eigenvectors in rows (k, P)."""
-        size = self.layer_collection.numel()
-        if not 1 <= k <= size:
-            raise ValueError(f"`k` should be from 1 to {size}, the number of parameters; got {k}.")
-        return self._top(k)
+        return self._top(count("k", k, most=self.layer_collection.numel(), of="the number of parameters"))
 
     def cond(self) -> Tensor:
         """The condition number in the 2-norm, 0-d; inf for a singular matrix."""
