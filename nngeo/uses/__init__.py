@@ -1,7 +1,9 @@
 """Jobs: plain objects on the public API, each short enough to read, and to write the next one after it."""
 
 from nngeo.uses.ewc import EWC
+from nngeo.uses.influence import influence, self_influence
 from nngeo.uses.laplace import Laplace
+from nngeo.uses.lds import lds
 from nngeo.uses.quadratic import Quadratic
 
-__all__ = ["EWC", "Laplace", "Quadratic"]
+__all__ = ["EWC", "Laplace", "Quadratic", "influence", "lds", "self_influence"]
