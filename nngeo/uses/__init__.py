@@ -2,8 +2,20 @@
 
 from nngeo.uses.ewc import EWC
 from nngeo.uses.influence import influence, self_influence
+from nngeo.uses.kernels import alignment, cka, effective_rank, kernel_predict
 from nngeo.uses.laplace import Laplace
 from nngeo.uses.lds import lds
 from nngeo.uses.quadratic import Quadratic
 
-__all__ = ["EWC", "Laplace", "Quadratic", "influence", "lds", "self_influence"]
+__all__ = [
+    "EWC",
+    "Laplace",
+    "Quadratic",
+    "alignment",
+    "cka",
+    "effective_rank",
+    "influence",
+    "kernel_predict",
+    "lds",
+    "self_influence",
+]
