@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nngeo.linalg.operator import Estimated
 from nngeo.products.differential import Differential
 from nngeo.products.metrics import Metric
 from nngeo.products.sandwich import Pair
 
 
-class Sampled(Estimated):
+class Sampled(NamedTuple):
     """A random estimate and its standard error, of the same shape; not a number for a single sample.
 
     >>> found = Sampled(torch.tensor(2.0), torch.tensor(0.1))
@@ -21,7 +20,8 @@ class Sampled(Estimated):
     (tensor(2.), tensor(0.1000))
     """
 
-    __slots__ = ()
+    value: Tensor
+    error: Tensor
 
     @property
     def standard_error(self) -> Tensor:

@@ -76,7 +76,7 @@ ANY: dict[str, Rule] = {
     "_softmax": softmax,
     "_safe_softmax": softmax,
     "_log_softmax": log_softmax,
-    "_prelu_kernel": pointwise,
+    **dict.fromkeys(["_prelu_kernel", "leaky_relu"], pointwise),  # older versions of torch do not tag them so
 }
 
 
