@@ -137,6 +137,7 @@ def answer(call: Callable[[], Any]) -> tuple[Tensor, float] | None:
 @given(network=networks, operation=st.sampled_from(sorted(OPERATIONS)), direction=st.integers(0, 2**16))
 def test_an_operation_is_its_definition_or_says_why_not(kind, dtype, network, operation, direction):
     model, x = network.make()
+    torch.manual_seed(direction)  # of random estimates
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of dead units: other tests expect them
         exact = FIM(model, (x,), kind, variant="regression").to_torch()
@@ -157,8 +158,8 @@ def test_an_operation_is_its_definition_or_says_why_not(kind, dtype, network, op
         return
     found, spread = answered
     size, room = float(want.abs().max()), torch.finfo(dtype)
-    if max(size, float(exact.abs().max())) > room.max or regul < room.tiny:
-        return  # float32 has no such numbers: what overflows is not finite, and so not taken for an answer
+    if max(size, float(exact.abs().max())) > room.max / 1e3 or regul < room.tiny:
+        return  # float32 has no such sums: what overflows is not finite, and so not taken for an answer
     assert found.isfinite().all()
     # The condition number of what is solved is at most a hundred times the number of parameters.
     rounding = size * room.eps * (1e4 if dtype == torch.float32 else 1e5)
