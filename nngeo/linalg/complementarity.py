@@ -8,6 +8,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from nngeo.linalg.decompose import cholesky_factors, eigh
+
 ENTRIES = 2**16  # of the systems factored at once: larger blocks are slower, by page faults and caches
 MASKED = 40  # unknowns up to which systems of the full size are cheaper than those of the sets
 FEW = 32  # unknowns below which pivoting from the start is cheaper than a guess
@@ -70,7 +72,7 @@ def active_set_solutions(m: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     By non-negative least squares (Lawson & Hanson, 1974, chapter 23): `|Fz - b|` with `M = F'F` and `F'b = -q`. One
     unknown comes in at a time, so that sets of a singular M stay small.
     """
-    eigenvalues, vectors = torch.linalg.eigh(m)
+    eigenvalues, vectors = eigh(m)
     root = eigenvalues.clamp(min=0).sqrt()
     factor = (root[:, None] * vectors.T).cpu().numpy()
     b = torch.where(root > 0, -(q @ vectors) / root, 0)
@@ -108,7 +110,7 @@ def _by_masks(m: Tensor, q: Tensor, sets: Tensor) -> Tensor:
     """What `_on_sets` returns, by systems of the full size with an identity outside of the sets."""
     identity = torch.eye(len(m), dtype=m.dtype, device=m.device)
     systems = torch.where(sets[:, :, None] & sets[:, None, :], m, identity)
-    factor = torch.linalg.cholesky_ex(systems).L
+    factor = cholesky_factors(systems)[0]
     return torch.cholesky_solve(torch.where(sets, -q, 0)[:, :, None], factor)[:, :, 0]
 
 
@@ -128,7 +130,7 @@ def _on_sets(m: Tensor, q: Tensor, sets: Tensor) -> Tensor:
         at = torch.where(slots[:size] < sizes[rows, None], places[rows, :size], n + slots[:size])
         pairs = (2 * n * at[:, :, None] + at[:, None, :]).to(small)
         systems = wide.index_select(0, pairs.flatten()).view(pairs.shape)
-        factor = torch.linalg.cholesky_ex(systems).L
+        factor = cholesky_factors(systems)[0]
         solution = torch.cholesky_solve(b[rows].gather(1, at)[:, :, None], factor)[:, :, 0]
         z[rows] = z[rows].scatter(1, at, solution)
     return torch.empty_like(q).index_copy_(0, order, z[:, :n])

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import eigh
 
-def eigenbasis(moment: Tensor) -> tuple[Tensor, Tensor | None]:
+
+def eigenbasis(moment: Tensor, what: str = "moment") -> tuple[Tensor, Tensor | None]:
     """Eigenvalues (n, d) and eigenvectors in columns (n, d, d); None, the identity, for a diagonal moment (n, d).
 
     Eigenvalues that rounding can't tell from zero are zero, so that damping alone decides about their directions.
+    `what` names the moment in errors.
     """
     if moment.ndim == 2:
         return moment, None
-    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = eigh(moment, what)
     noise = torch.finfo(values.dtype).eps * values.shape[-1] * values.abs().amax(-1, keepdim=True)
     return values.masked_fill(values.abs() <= noise, 0.0), vectors
 

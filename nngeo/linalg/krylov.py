@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.lanczos import negligible, orthogonal
 from nngeo.linalg.operator import Operator
 
@@ -71,7 +72,7 @@ def krylov_schur(
         w = orthogonal(w[None], everything[None, : len(locked) + j])[0]
         beta = w.norm()
         exhausted = bool(beta <= negligible(length)) or j == room
-        values, s = torch.linalg.eigh(t[:j, :j])
+        values, s = eigh(t[:j, :j], "projected matrix")
         lead = goal.order(values).argsort(descending=True)
         scale = float(values.abs().max())
         residuals = float(0 if exhausted else beta) * s[-1, lead[:k]].abs()

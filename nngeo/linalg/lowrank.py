@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.cache import Cache, version
+from nngeo.linalg.decompose import cholesky, eigh
 from nngeo.linalg.spectrum import Spectrum, cleaned, logarithm, power
 
 Thin = tuple[Tensor, Tensor]
@@ -47,7 +48,7 @@ class LowRankPlusDiagonal:
 
     def _eigen(self) -> Thin:
         q, r = torch.linalg.qr(self.rows.mT)
-        values, vectors = torch.linalg.eigh((r * self.weights) @ r.mT)
+        values, vectors = eigh((r * self.weights) @ r.mT, "low-rank matrix")
         return cleaned(values), (q @ vectors).mT
 
     # Products
@@ -154,7 +155,7 @@ class LowRankPlusDiagonal:
         values, vectors = self.eigen()
         values, vectors = values[values != 0], vectors[values != 0]
         inner = torch.diag_embed(1 / values) + (vectors / self.diagonal) @ vectors.mT
-        return torch.linalg.cholesky(inner), vectors, values
+        return cholesky(inner), vectors, values
 
     @property
     def positive(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.spectrum import cleaned
 
 
@@ -32,7 +33,7 @@ class _MatrixFunction(torch.autograd.Function):
 
 def matrix_function(tensor: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     """(..., p, p), f applied to the eigenvalues of symmetric matrices (..., p, p); differentiable once, O(p^3)."""
-    values, vectors = torch.linalg.eigh(tensor.detach())
+    values, vectors = eigh(tensor.detach())
     with torch.enable_grad():
         values = cleaned(values).requires_grad_()
         new = f(values)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.lanczos import tridiagonal
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, rademacher
 from nngeo.linalg.precision import full_precision
@@ -42,7 +43,7 @@ class Quadrature(NamedTuple):
         p = int(matrix.size(0))
         steps = min(steps, p)
         found = [tridiagonal(matrix, rademacher(m, matrix, generator), steps) for m in groups(samples, steps * p)]
-        nodes, vectors = torch.linalg.eigh(torch.cat([t.to_torch() for t in found]))
+        nodes, vectors = eigh(torch.cat([t.to_torch() for t in found]), "tridiagonal matrix")
         return cls(nodes, vectors[:, 0].square(), p)
 
     def trace_of(self, f: Callable[[Tensor], Tensor]) -> Estimated:

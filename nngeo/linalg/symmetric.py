@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.cache import Cache, version
+from nngeo.linalg.decompose import cholesky_attempts, eigh, eigvalsh
 from nngeo.linalg.matrixfunction import matrix_function
 from nngeo.linalg.precision import FullPrecision
 from nngeo.linalg.spectrum import Spectrum, cleaned, extremes, logarithm, not_positive, power
@@ -74,7 +75,7 @@ class SymmetricMatrix(FullPrecision):
             values, vectors = self.spectrum()
             order = values.detach().argsort()
             return values[order], vectors[:, order]
-        return self._kept("eigh", (), lambda: torch.linalg.eigh(self.tensor))
+        return self._kept("eigh", (), lambda: eigh(self.tensor))
 
     def spectrum(self) -> Eigen:
         """Eigenvalues (p,) in no order, zero where rounding can't tell them from it, and eigenvectors in columns."""
@@ -144,11 +145,10 @@ class SymmetricMatrix(FullPrecision):
         """
         if self.known:
             return logarithm(self.spectrum()[0]).sum()
-        for dtype in dict.fromkeys((self.tensor.dtype, torch.float64)):
-            lower, info = torch.linalg.cholesky_ex(self.tensor.to(dtype))
-            if not info and not _negligible(lower.diagonal().detach().square(), self.damped):
+        for lower in cholesky_attempts(self.tensor):
+            if not _negligible(lower.diagonal().detach().square(), self.damped):
                 return 2 * lower.diagonal().log().sum().to(self.tensor.dtype)
-        raise not_positive(cleaned(torch.linalg.eigvalsh(self.tensor.detach())))
+        raise not_positive(cleaned(eigvalsh(self.tensor.detach())))
 
     def norm(self, ord: str | int) -> Tensor:
         """The Frobenius norm ("fro"), or the largest (2) or smallest (-2) singular value."""
@@ -171,13 +171,11 @@ class SymmetricMatrix(FullPrecision):
 
     def _factor(self, regul: float) -> Callable[[Tensor], Tensor]:
         damped = bool(regul) or self.damped
-        for dtype in dict.fromkeys((self.tensor.dtype, torch.float64)):
-            matrix = self.tensor.to(dtype, copy=True)
-            matrix.diagonal().add_(regul)
-            lower, info = torch.linalg.cholesky_ex(matrix)
-            if not info:
-                self._refuse_singular(lower.diagonal().detach().square(), regul, damped)
-                return partial(_cholesky_solve, lower)
+        for lower in cholesky_attempts(self.tensor, regul):
+            self._refuse_singular(lower.diagonal().detach().square(), regul, damped)
+            return partial(_cholesky_solve, lower)
+        matrix = self.tensor.to(torch.float64, copy=True)
+        matrix.diagonal().add_(regul)
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         self._refuse_singular(lu.diagonal().detach().abs(), regul, damped)
         return lambda columns: torch.linalg.lu_solve(lu, pivots, columns.to(lu.dtype))
@@ -185,7 +183,7 @@ class SymmetricMatrix(FullPrecision):
     def _refuse_singular(self, pivots: Tensor, regul: float, damped: bool) -> None:
         """Pivots of a damped positive matrix are at least the damping; else they tell whether it is singular."""
         if _negligible(pivots, damped):
-            values = torch.linalg.eigvalsh(self.tensor.detach())
+            values = eigvalsh(self.tensor.detach())
             raise ValueError(
                 f"The matrix is singular ({extremes(values)}), with regul={regul}: solve with a larger `regul`, or "
                 "add damping (`F + damping`)."

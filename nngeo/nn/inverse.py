@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import cholesky_factors
 from nngeo.nn.blocks import Blocks
 
 
@@ -28,10 +29,10 @@ def invert_block_diagonal(matrix: Any, damping: float = 0.0) -> Blocks:
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"A block has shape {tuple(matrix.shape)}; it should be (..., p, p).")
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix + damping * identity)
-    if info.any():
+    factor, positive = cholesky_factors(matrix + damping * identity)
+    if not positive.all():
         raise ValueError(
-            f"{int((info != 0).sum())} of {info.numel()} matrices of a block {tuple(matrix.shape)} are not positive "
-            f"definite with damping={damping}; a larger damping helps where they are singular."
+            f"{int((~positive).sum())} of {positive.numel()} matrices of a block {tuple(matrix.shape)} are not "
+            f"positive definite with damping={damping}; a larger damping helps where they are singular."
         )
     return torch.cholesky_inverse(factor)

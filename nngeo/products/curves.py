@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import pinv
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -55,9 +57,9 @@ class Curve(ABC):
         count = _count(points.shape[1] - 1 if segments is None else segments, cls.degree)
         t = torch.linspace(0, 1, points.shape[1], dtype=torch.float64, device=points.device)
         line = cls.straight(start, end, count - cls.degree + 2)
-        inner = basis(t, count, cls.degree)[0][1:-1].to(points)
+        inner = basis(t, count, cls.degree)[0][1:-1]
         rest = (points - line(t.to(points)))[:, 1:-1].flatten(2)
-        solved = torch.linalg.pinv(inner) @ rest
+        solved = pinv(inner, "matrix of the splines").to(points) @ rest
         return cls(start, end, solved.reshape(len(points), count, *start.shape[1:]))
 
     @property

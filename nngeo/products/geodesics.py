@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
 from nngeo.linalg.cg import ConvergenceWarning
+from nngeo.linalg.decompose import cholesky
 from nngeo.products.curves import CubicSpline, Curve, DiscreteCurve, basis
 from nngeo.products.energy import curve_energy, curve_length, quadrature
 from nngeo.products.outputmetric import OutputMetric
@@ -211,7 +212,7 @@ def _stiffness_root(curve: Curve) -> Tensor:
     """L (m, m) with L L' the integrals of B_i' B_j'."""
     t, weights = quadrature(curve.segments, curve.degree)
     slopes = basis(t, curve.coefficients.shape[1], curve.degree)[1]
-    return torch.linalg.cholesky((slopes * weights[:, None]).mT @ slopes)
+    return cholesky((slopes * weights[:, None]).mT @ slopes)
 
 
 def _first(curve: str | Curve, start: Tensor, end: Tensor, segments: int) -> Curve:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import eigh
 from nngeo.products.metric import Identity, Metric, Signed, check_shape, cotangents, diagonal, of_examples, rows_of
 from nngeo.products.space import Space
 from nngeo.representations import Block, DiagBlock
@@ -81,7 +82,7 @@ class Dense(Metric):
         """By an eigendecomposition, O(n^3) for each matrix."""
         # In float32 for half precision, for which there is none.
         wide = self.m.detach().to(torch.promote_types(self.m.dtype, torch.float32))
-        values, vectors = torch.linalg.eigh(wide)
+        values, vectors = eigh(wide, "metric")
         values = torch.where(values.abs() > _rounding(values), values, 0)
         roots = [(vectors * part.clamp(min=0).sqrt()[..., None, :]).to(self.m.dtype) for part in (values, -values)]
         terms = [Signed(sign, cotangents(root, space)) for sign, root in zip((1.0, -1.0), roots, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeo.linalg.decompose import svd
 from nngeo.products.evaluation import Wrt
 from nngeo.products.functions import Options
 from nngeo.products.metrics import Identity
@@ -63,7 +64,8 @@ def log_volume(
         if not isinstance(m, Identity):
             inner = q.mT @ m.apply(q.permute(2, 0, 1), at.codomain).permute(1, 2, 0)
             sign, logdet = torch.linalg.slogdet(inner)
-            small = torch.linalg.matrix_norm(inner.detach(), 2).log() * inner.shape[-1] + math.log(_eps(inner))
+            largest = svd(inner.detach().where(inner.isfinite(), 0), "metric")[0][..., 0]
+            small = largest.log() * inner.shape[-1] + math.log(_eps(inner))
             if bool(((sign < 0) & (logdet > small) & full).any()):
                 raise ValueError("`metric` is not positive semidefinite: det(J' M J) is negative for some examples.")
             logs, full = logs + logdet / 2, full & (sign > 0)

@@ -124,5 +124,5 @@ class PMatBlockDiag(LayerwisePMat):
 
     def get_eigendecomposition(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Eigenvalues {layer: (p,)}, ascending, and eigenvectors in columns {layer: (p, p)}."""
-        found = {name: block.symmetric.eigh() for name, block in self.data.items()}  # type: ignore[attr-defined]
+        found = self._by_layer(lambda name, block: block.symmetric.eigh())  # type: ignore[attr-defined]
         return {name: values for name, (values, _) in found.items()}, {name: u for name, (_, u) in found.items()}

@@ -74,7 +74,11 @@ class KroneckerEigenBlock(Block):
     @classmethod
     def from_means(cls, layer: Layer, view: MatrixView | None, *means: Tensor) -> KroneckerEigenBlock:
         assert view is not None  # else the statistic has raised
-        (da, ua), (dg, ug) = (eigenbasis(moment) for moment in means)
+        return cls._of_moments(view, *means)
+
+    @classmethod
+    def _of_moments(cls, view: MatrixView, a: Tensor, g: Tensor) -> KroneckerEigenBlock:
+        (da, ua), (dg, ug) = eigenbasis(a, "input factor A"), eigenbasis(g, "gradient factor G")
         assert ug is not None
         return cls(ug, outer(dg, da), view, ua, da, dg)
 
@@ -168,10 +172,8 @@ class KroneckerEigenBlock(Block):
             return found.scaled(w) if found.da is None else found.scaled(w**2)
         first, second = self._moments(), other._moments()
         if first and second:
-            means = [weight * x + other_weight * y for x, y in zip(first, second, strict=True)]
-            (da, ua), (dg, ug) = (eigenbasis(moment) for moment in means)
-            assert ug is not None
-            return KroneckerEigenBlock(ug, outer(dg, da), self.view, ua, da, dg)
+            a, g = (weight * x + other_weight * y for x, y in zip(first, second, strict=True))
+            return self._of_moments(self.view, a, g)
         if not self.same_basis(other):
             raise NotImplementedError(
                 "Updated scalings in two eigenbases do not pool: no eigenbasis is known in which to add them. Pool the "

@@ -12,6 +12,7 @@ from torch import Tensor
 from nngeo.generators.gram import gram_tiles
 from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.cache import Cache
+from nngeo.linalg.decompose import svd
 from nngeo.linalg.symmetric import SymmetricMatrix
 from nngeo.representations.estimate import Estimate, check_kind, positive_count
 from nngeo.representations.memory import copied, require_memory
@@ -123,7 +124,8 @@ class FMatDense(Estimate):
             raise ValueError(f"Unknown norm {ord!r}; known are 'fro' (also None), 2 and -2.")
         if ord in (None, "fro"):
             return self.data.norm()
-        return torch.linalg.matrix_norm(self.to_matrix(), ord)
+        s = svd(self.to_matrix(), "kernel")[0]
+        return s[0] if ord == 2 else s[-1]
 
     def get_eigendecomposition(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (k n,), ascending, and eigenvectors in columns (k n, k n) of `to_matrix()`; computed once."""

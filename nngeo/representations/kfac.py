@@ -75,6 +75,6 @@ class PMatKFAC(FactoredPMat):
 
         Eigenvectors are in columns; those of a diagonal A are None: the identity.
         """
-        found = {name: block.eigen() for name, block in self.data.items()}  # type: ignore[attr-defined]
+        found = self._by_layer(lambda name, block: block.eigen())  # type: ignore[attr-defined]
         values = {name: (da, dg) for name, (da, dg, _) in found.items()}
         return values, {name: (basis.ua, basis.ug) for name, (_, _, basis) in found.items()}

@@ -54,7 +54,7 @@ class KroneckerBlock(Block):
         return self._cache.get("eigen", version(self.a, self.g), self._eigen)
 
     def _eigen(self) -> tuple[Tensor, Tensor, KroneckerBasis]:
-        (da, ua), (dg, ug) = eigenbasis(self.a), eigenbasis(self.g)
+        (da, ua), (dg, ug) = eigenbasis(self.a, "input factor A"), eigenbasis(self.g, "gradient factor G")
         assert ug is not None
         return da, dg, KroneckerBasis(ua, ug)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 
 HOLDERS: dict[type[Block], type[LayerwisePMat]] = {}  # the class that is made of each type of block
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors about values inside name the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Layer {name!r}: {error}") from error
 
 
 class LayerwisePMat(PMat):
@@ -68,7 +78,8 @@ class LayerwisePMat(PMat):
         require_finite(means, f"this {type(self).__name__}")
         for name, layer in layers.layers.items():
             kind, view = kinds.get(name) or (self.block_type_for(layer, None), None)
-            data[name] = kind.from_means(layer, view, *means[name]) if name in kinds else kind.zeros(layer, like)
+            with named(name):
+                data[name] = kind.from_means(layer, view, *means[name]) if name in kinds else kind.zeros(layer, like)
         return data, sums.n_examples
 
     def _from_diagonal_blocks(self, examples: Any) -> tuple[dict[str, Block], int]:
@@ -99,7 +110,7 @@ class LayerwisePMat(PMat):
 
     def _each(self, apply: Callable[[Block, Tensor], Tensor], v: Tensor) -> Tensor:
         parts = self.layer_collection.split(v)
-        return torch.cat([apply(block, parts[name]) for name, block in self.data.items()], -1)
+        return torch.cat(list(self._by_layer(lambda name, block: apply(block, parts[name])).values()), -1)
 
     def _mv(self, v: Tensor) -> Tensor:
         return self._each(lambda block, part: block.mv(part), v)
@@ -126,7 +137,7 @@ class LayerwisePMat(PMat):
         return torch.stack([block.trace() for block in self.data.values()]).sum()
 
     def _norm(self, ord: str | int) -> Tensor:
-        return spectral_norm(torch.stack([block.norm(ord) for block in self.data.values()]), ord)
+        return spectral_norm(torch.stack(list(self._by_layer(lambda name, block: block.norm(ord)).values())), ord)
 
     def _dense(self) -> Tensor:
         return torch.block_diag(*[block.to_torch() for block in self.data.values()])
@@ -146,10 +157,8 @@ class LayerwisePMat(PMat):
         """What `make` returns for each layer; its errors name the layer."""
         found = {}
         for name, block in self.data.items():
-            try:
+            with named(name):
                 found[name] = make(name, block)
-            except ValueError as error:
-                raise ValueError(f"Layer {name!r}: {error}") from error
         return found
 
     def _shifted(self, damping: Damping) -> LayerwisePMat:
@@ -170,7 +179,7 @@ class LayerwisePMat(PMat):
         return torch.cat(list(self._by_layer(lambda name, block: block.apply(f, parts[name])).values()), -1)
 
     def _spectrum(self) -> Spectrum:
-        spectra = {name: block.spectrum() for name, block in self.data.items()}
+        spectra = self._by_layer(lambda name, block: block.spectrum())
         split = self.layer_collection.split
         return Spectrum(
             torch.cat([spectrum.values for spectrum in spectra.values()]),

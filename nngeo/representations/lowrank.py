@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.cache import Cache, version
+from nngeo.linalg.decompose import svd
 from nngeo.linalg.lowrank import LowRankPlusDiagonal
 from nngeo.linalg.spectrum import Spectrum, cleaned
 from nngeo.linalg.symmetric import spectral_norm
@@ -60,8 +61,7 @@ class PMatLowRank(PMat):
         return cache.get("svd", (id(self.data), *version(self.data)), self._svd)
 
     def _svd(self) -> tuple[Tensor, Tensor]:
-        _, s, vt = torch.linalg.svd(self.rows, full_matrices=False)
-        return s, vt
+        return svd(self.rows, "rows")
 
     def _mv(self, v: Tensor) -> Tensor:
         return (v @ self.rows.mT) @ self.rows

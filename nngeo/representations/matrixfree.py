@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import eigvalsh
 from nngeo.linalg.diagonal import estimate_diag
 from nngeo.linalg.eigenpairs import Eigenpairs, top_eigenpairs
 from nngeo.linalg.operator import Estimated
@@ -95,7 +96,7 @@ class MatrixFree(PMat):
             return top_eigenpairs(self, 1, which="magnitude", generator=generator).values[0].abs()
         if p <= SMALL:
             dense = self.to_torch()
-            return dense.norm() if ord == "fro" else torch.linalg.eigvalsh(dense).abs().min()
+            return dense.norm() if ord == "fro" else eigvalsh(dense).abs().min()
         if ord == -2:
             least = top_eigenpairs(self, 1, which="smallest", generator=generator).values[0]
             if least > 0:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.matrixfunction import matrix_function
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum, cleaned, logarithm, power
@@ -38,7 +39,7 @@ class RowsBlock(Block):
 
     def _eigh(self) -> tuple[Tensor, Tensor]:
         """(n, o, i) and (n, o, i, i)."""
-        values, vectors = torch.linalg.eigh(self.matrices)
+        values, vectors = eigh(self.matrices, "matrix of a row")
         return cleaned(values), vectors
 
     def mv(self, v: Tensor) -> Tensor:

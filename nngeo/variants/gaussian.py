@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import cholesky, cholesky_factors
 from nngeo.variants.base import Cotangents, Variant, aligned, keep, working
 from nngeo.variants.registry import register_variant
 
@@ -44,7 +45,7 @@ class Regression(Variant):
         if self.covariance.ndim < 2:
             self._whitening = self.covariance.rsqrt()
         else:
-            root = torch.linalg.cholesky(self.covariance)
+            root = cholesky(self.covariance, "covariance")
             self._whitening = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
@@ -119,6 +120,6 @@ def _checked(covariance: Any) -> Tensor:
             )
     elif not torch.allclose(given, given.mT):
         raise ValueError("`covariance` must be symmetric.")
-    elif torch.linalg.cholesky_ex(given).info != 0:
+    elif not cholesky_factors(given)[1]:
         raise ValueError("`covariance` must be positive definite.")
     return given

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
+from nngeo.linalg.decompose import eigh
 from nngeo.variants.base import Cotangents, Variant, keep, working
 
 
@@ -120,7 +121,7 @@ def _double_backward(loss: Callable[..., Tensor], output: Tensor, targets: list[
 
 def _square_root(hessian: Tensor) -> Tensor:
     """(b, o, o) whose columns c satisfy sum c c' = hessian; raises if an eigenvalue is negative beyond rounding."""
-    evals, evecs = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    evals, evecs = eigh((hessian + hessian.mT) / 2, "Hessian of the loss")
     eps = torch.finfo(evals.dtype).eps
     # The second term: a saturated softmax leaves nothing but the rounding errors of numbers of size one.
     tolerance = 100 * eps * evals.abs().max() + 4 * eps if evals.numel() else 0

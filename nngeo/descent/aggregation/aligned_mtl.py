@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
 from nngeo.descent.aggregation.options import one_of, rows_or, vector
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.gramian import rounding
 
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {"min": torch.min, "median": torch.median, "rmse": torch.mean}
@@ -33,7 +34,7 @@ class AlignedMTLWeighting(GramianWeighting):
 
     def weights(self, gramian: Tensor) -> Tensor:
         u = rows_or("pref_vector", self.pref_vector, 1 / len(gramian), gramian)
-        eigenvalues, v = torch.linalg.eigh(gramian, UPLO="U")
+        eigenvalues, v = eigh(gramian, "Gramian")
         kept = eigenvalues > eigenvalues[-1] * len(gramian) * rounding(gramian.dtype)
         if not kept.any():
             return u

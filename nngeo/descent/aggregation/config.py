@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
 from nngeo.descent.aggregation.options import rows_or, vector
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.gramian import rounding
 
 
@@ -28,7 +29,7 @@ class ConFIGWeighting(GramianWeighting):
         lengths = gramian.diagonal().sqrt()
         inverse = torch.where(lengths > 0, 1 / lengths, 0)
         units = gramian * inverse * inverse[:, None]
-        eigenvalues, vectors = torch.linalg.eigh(units)
+        eigenvalues, vectors = eigh(units, "Gramian")
         coordinates = u @ vectors
         # A coordinate of u that is zero to rounding has no direction: opposite gradients would give one of noise.
         there = coordinates.abs() > 4 * len(u) * torch.finfo(u.dtype).eps * u.norm()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.gramian import rounding
 
 
@@ -14,7 +15,7 @@ class IMTLGWeighting(GramianWeighting):
 
     def weights(self, gramian: Tensor) -> Tensor:
         squares, eps = gramian.diagonal(), rounding(gramian.dtype)
-        eigenvalues, vectors = torch.linalg.eigh(gramian)
+        eigenvalues, vectors = eigh(gramian, "Gramian")
         kept = eigenvalues > len(gramian) * eps * eigenvalues[-1]
         # The weights do not depend on the scale, which is that of the longest gradient here.
         v = vectors @ torch.where(kept, squares.max() / eigenvalues * ((squares / squares.max()).sqrt() @ vectors), 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
 from nngeo.descent.aggregation.options import Option, number
 from nngeo.descent.aggregation.stateful import Memory
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.dualcone import symmetric
 from nngeo.linalg.gramian import rounding
 
@@ -80,7 +81,7 @@ def _multipliers(g: Tensor, b: Tensor) -> Tensor:
     lengths = torch.where(g.diagonal() > 0, g.diagonal(), 1).sqrt()
     b = b / lengths
     size = b.abs().amax()
-    eigenvalues, vectors = torch.linalg.eigh(g / lengths / lengths[:, None])
+    eigenvalues, vectors = eigh(g / lengths / lengths[:, None], "Gramian")
     kept = eigenvalues > 1e-14 * len(g) * eigenvalues[-1]
     factor = torch.cat([eigenvalues[kept].sqrt()[:, None] * vectors[:, kept].T, (b / size)[None]])
     target = torch.zeros(len(factor), dtype=factor.dtype)
