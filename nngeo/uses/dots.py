@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nngeo.generators import BatchRecord, LayerRecord
 from nngeo.layers import LayerCollection
+from nngeo.linalg.decompose import svd
 from nngeo.linalg.outer import OuterProducts
 from nngeo.linalg.selected import SelectedProducts
 
@@ -86,6 +87,6 @@ class Dots:
     def _low_rank(self, name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """(q, n, o, r) and (q, n, i, r), whose product is nearest to the matrices (q, n, o, i)."""
         if name not in self._factors:
-            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            self._factors[name] = u[..., : self.rank] * s[..., None, : self.rank], vh[..., : self.rank, :].mT
+            right = svd(matrix, "matrix of a layer")[1][..., : self.rank, :].mT
+            self._factors[name] = matrix @ right, right
         return self._factors[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nngeo.linalg.decompose import eigh
 from nngeo.representations import FMatDense
 from nngeo.vectors import FVector
 
@@ -124,8 +125,7 @@ def _shapes(K: Kernel, K_cross: Kernel, n: int, k: int) -> tuple[int, int]:
 def _eigen(K: Kernel) -> tuple[Tensor, Tensor]:
     if isinstance(K, FMatDense):
         return K.get_eigendecomposition()
-    values, vectors = torch.linalg.eigh(K)
-    return values, vectors
+    return eigh(K, "kernel")
 
 
 def _solve(K: Kernel, missing: Tensor, ridge: float) -> Tensor:

@@ -15,6 +15,7 @@ from nngeo.generators import Batch, Examples
 from nngeo.generators.batches import Function
 from nngeo.generators.outputs import tensor_of
 from nngeo.layers import LayerCollection
+from nngeo.linalg.decompose import eigh
 from nngeo.linalg.spectrum import logarithm
 from nngeo.products import jmjTp
 from nngeo.representations import PMat
@@ -205,7 +206,7 @@ class Laplace:
             return self._likelihood.bridge(f, covariance)
         device = f.device if generator is None else generator.device
         z = torch.randn(samples, *covariance.shape[:2], generator=generator, dtype=f.dtype, device=device).to(f.device)
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = eigh(covariance, "covariance")
         draws = torch.einsum("bij,bj,sbj->sbi", vectors, values.clamp(min=0).sqrt(), z).reshape(samples, *f.shape)
         return self._likelihood.inverse_link((f + draws).flatten(0, 1)).unflatten(0, draws.shape[:2]).mean(0)
 
