@@ -5,6 +5,8 @@ from nngeo.uses.influence import influence, self_influence
 from nngeo.uses.kernels import alignment, cka, effective_rank, kernel_predict
 from nngeo.uses.laplace import Laplace
 from nngeo.uses.lds import lds
+from nngeo.uses.merging import merge
+from nngeo.uses.pruning import prune
 from nngeo.uses.quadratic import Quadratic
 
 __all__ = [
@@ -17,5 +19,7 @@ __all__ = [
     "influence",
     "kernel_predict",
     "lds",
+    "merge",
+    "prune",
     "self_influence",
 ]

@@ -1,0 +1,92 @@
+"""Merge networks that were trained apart from a common start (Matena & Raffel, 2022)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nngeo.linalg.cg import conjugate_gradients
+from nngeo.representations import PMat
+from nngeo.vectors import PVector
+
+
+def merge(
+    models: Sequence[nn.Module | PVector],
+    Fs: Sequence[PMat],
+    damping: float = 1e-4,
+    *,
+    weights: Sequence[float] | None = None,
+    rtol: float = 1e-5,
+    max_iter: int = 1000,
+) -> PVector:
+    """The weights that minimise `sum_i a_i (w - w_i)' (F_i + damping) (w - w_i)`, over the layers of the matrices.
+
+    By conjugate gradients on the sum as it is: a sum of Kronecker products is none, and is never formed. Where no F
+    says anything, the weights are averaged. `merge(...).to_model(model)` puts them into a network.
+
+    Args:
+        models: networks of one form, or their weights as PVectors.
+        Fs: a matrix for each, at its weights and of its examples; each in any representation.
+        weights: a_i; equal if None. (Each F is a mean over examples: give counts to weigh by them.)
+        rtol: residual at which it stops, relative to the right-hand side.
+
+    Raises:
+        ValueError: none, different numbers, other layers, or a damping that is not positive.
+        RuntimeError: `max_iter` products did not reach `rtol`.
+
+    >>> from nngeo import FIM, PMatKFAC
+    >>> models, x = [nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(8, 3)
+    >>> merge(models, [FIM(model, (x,), PMatKFAC) for model in models])
+    PVector(8 coordinates of 1 layer, flat, torch.float32, cpu)
+    """
+    if not models or len(models) != len(Fs):
+        raise ValueError(f"`models` and `Fs` should be equally many, one or more; found {len(models)} and {len(Fs)}.")
+    layers = Fs[0].layer_collection
+    if any(F.layer_collection != layers for F in Fs):
+        raise ValueError("All matrices should be over the same layers.")
+    if not damping > 0:
+        raise ValueError(f"`damping` should be positive; got {damping}.")
+    shares = torch.tensor([1.0] * len(Fs) if weights is None else list(weights), dtype=torch.float64)
+    if len(shares) != len(Fs) or not bool((shares > 0).all()):
+        raise ValueError(f"`weights` should be {len(Fs)} positive numbers; got {weights}.")
+    a = [float(share) for share in shares / shares.sum()]
+    ws = [_weights(model, F) for model, F in zip(models, Fs, strict=True)]
+
+    def product(v: Tensor) -> Tensor:
+        return torch.stack([share * F.mv(v) for share, F in zip(a, Fs, strict=True)]).sum(0) + damping * v
+
+    start = torch.stack([share * w for share, w in zip(a, ws, strict=True)]).sum(0)[None]
+    right = torch.stack([share * F.mv(w) for share, F, w in zip(a, Fs, ws, strict=True)]).sum(0)[None] + damping * start
+    near = _mean(Fs, a)
+
+    def precondition(r: Tensor) -> Tensor:
+        if near is not None:
+            return near.solve(r, regul=damping)
+        return torch.stack([share * F.solve(r, regul=damping) for share, F in zip(a, Fs, strict=True)]).sum(0)
+
+    found = conjugate_gradients(product, right, x0=start, rtol=rtol, max_iter=max_iter, precondition=precondition)
+    if not found.converged:
+        raise RuntimeError(
+            f"Conjugate gradients stopped after {found.iterations} steps at a relative residual of "
+            f"{float(found.residuals.max()):.1e}, above rtol={rtol:.1e}: raise `damping`, `rtol` or `max_iter`."
+        )
+    return PVector(layers, found.x[0])
+
+
+def _weights(model: nn.Module | PVector, F: PMat) -> Tensor:
+    w = model if isinstance(model, PVector) else PVector.from_model(model, F.layer_collection)
+    return w.restrict(F.layer_collection).to_torch().detach().to(dtype=F.dtype, device=F.device)
+
+
+def _mean(Fs: Sequence[PMat], a: Sequence[float]) -> PMat | None:
+    """What all examples together would give, a matrix near to the mean; None where there is none of this kind."""
+    weighted = [copy.copy(F) for F in Fs]
+    for F, share in zip(weighted, a, strict=True):
+        F.n_examples = share  # type: ignore[assignment]  # a weight, not a count
+    try:
+        return PMat.pool(weighted)
+    except (NotImplementedError, TypeError):  # two eigenbases; matrices never formed; different representations
+        return None
