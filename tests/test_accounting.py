@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nngeo
-from nngeo import Jacobian
+from nngeo import Jacobian, products
 from nngeo.generators.batches import Batch
 from nngeo.generators.plans import Planner
 from tests import networks, reference
@@ -172,3 +176,74 @@ def test_layers_whose_gradients_vanish_beside_others_are_settled(depth):
     expected = reference.jacobian(model.double(), (batch[0].double(), batch[1]))[..., :64]
     assert 0 < expected.norm() < 1e-5
     assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+# ------------------------------------------------------------------------------------------ values that Python reads
+
+
+def branch(read: Callable[[Tensor], bool]) -> networks.Net:
+    """One head or the other for all examples, as `read` says of the sum of all entries."""
+
+    def run(net: networks.Net, x: Tensor) -> Tensor:
+        h = net.body(x).tanh()
+        return net.left(h) if read(x.detach().sum()) else net.right(h)
+
+    return made(run, body=nn.Linear(4, 5), left=nn.Linear(5, 2), right=nn.Linear(5, 2))
+
+
+READS: dict[str, Callable[[Tensor], bool]] = {
+    "bool": lambda s: bool(s > 0),
+    "float": lambda s: float(s) > 0,
+    "int": lambda s: int(s > 0) == 1,
+    "item": lambda s: s.item() > 0,
+    "tolist": lambda s: s.tolist() > 0,
+    "numpy": lambda s: s.numpy() > 0,
+    "array": lambda s: np.asarray(s) > 0,
+    "range": lambda s: len(range((s > 0).int())) == 1,
+    "slice": lambda s: len(torch.ones(1)[: (s > 0).int()]) == 1,
+    "shape": lambda s: len((s > 0).reshape(1).nonzero()) == 1,
+    "rows": lambda s: len(torch.ones(1)[(s > 0).reshape(1)]) == 1,
+    "size": lambda s: torch.zeros((s > 0).int()).numel() == 1,
+    "equal": lambda s: torch.equal(s, s.abs()),
+}
+SWEEPS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "Jacobian": lambda model, x: Jacobian(model, (x,)),
+    "diagonal": lambda model, x: nngeo.FIM(model, (x,), nngeo.PMatDiag),
+    "implicit": lambda model, x: nngeo.FIM(model, (x,), nngeo.PMatImplicit).get_diag(),
+    "product": lambda model, x: nngeo.FIM(model, (x,), nngeo.PMatImplicit).mv(nngeo.PVector.from_model(model)),
+    "linearized": lambda model, x: nngeo.FIM(model, (x,), nngeo.PMatImplicit).linearize(),
+    "by weights": lambda model, x: products.vjp(model, x, torch.ones(2).to(x), wrt="weight"),
+    "by inputs": lambda model, x: products.vjp(model, x, torch.ones(2).to(x)),
+    "forward": lambda model, x: products.jvp(model, x, torch.ones(4).to(x)),
+}
+
+
+def harmless(x: Tensor) -> Tensor:
+    """Those examples that all take the second head."""
+    return x[x.sum(1) < 0]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS.values(), ids=SWEEPS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore:The outputs do not depend on")
+def test_a_branch_on_all_examples_is_refused_after_a_harmless_batch(seed, sweep):
+    model, x = branch(READS["float"]), drawn(7, 4, seed=seed)
+    sweep(model, harmless(x))
+    with pytest.raises(ValueError, match="influence each other"):
+        sweep(model, x)
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.filterwarnings("ignore:The outputs do not depend on")
+def test_every_way_to_read_a_value_is_seen(read):
+    model, x = branch(read), drawn(7, 4)
+    Jacobian(model, (harmless(x),))
+    with pytest.raises(ValueError, match="influence each other"):
+        Jacobian(model, (x,))
+
+
+def test_values_that_are_read_without_effect_change_nothing():
+    def run(net: networks.Net, x: Tensor) -> Tensor:
+        return net.head(x) if bool(x.isfinite().all()) else x[:, :2]
+
+    is_exact(made(run, head=nn.Linear(4, 2)), [(drawn(3, 4), torch.zeros(3)), (drawn(20, 4), torch.zeros(20))])

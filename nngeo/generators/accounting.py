@@ -1,26 +1,28 @@
 """Every use of a parameter is accounted for: the plan of a sweep, found by comparison with autograd.
 
 On a few examples random cotangents are pulled through the rules, layer by layer, and compared with what autograd says,
-for two of them apart and for all together. A layer that differs (its weight is also used by a parent, by another layer,
-by a function; its examples are folded into the batch in another order; ...) moves on to its next candidate source, at
-last to the whole function, run again example by example. What differs even there is refused by name.
+each apart from the others. A layer that differs (its weight is also used by a parent, by another
+layer, by a function; its examples are folded into the batch in another order; ...) moves on to its next candidate
+source, at last to the whole function, run again example by example. What differs even there is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.independence import FirstExamples, check_independence, run
-from nngeo.generators.recording import Layouts, Plan, Recording, Shared
-from nngeo.generators.routing import Routing
-from nngeo.generators.sources import Source, candidates, uses_of
+from nngeo.generators.independence import FirstExamples, check_independence
+from nngeo.generators.outputs import is_finite
+from nngeo.generators.recording import Forward, Layouts, Plan, Pulled, Recording, Shared
+from nngeo.generators.sources import Chain, Source, candidates, uses_of
 from nngeo.generators.truth import Truth, has_zeros, perturbed
-from nngeo.generators.watch import Call, Layout, watch
+from nngeo.generators.untouched import untouched
+from nngeo.generators.watch import Call, Layout, LayoutChanged
 from nngeo.layers.collection import LayerCollection
 
 
@@ -47,54 +49,92 @@ class Accounting:
         self.model, self.function, self.layers = model, function, layers
         self.examples, self.uses = FirstExamples.of(batch, front), uses_of(model, layers)
         self.banned, self.before = set(banned), before
+        self.names = [name for name, _ in model.named_modules()]
+        self.chains: dict[str, Chain] = {}
         self.errors: dict[str, Exception] = {}
         self.reasons: dict[str, Exception] = {}  # the first error of each layer
 
     def plan(self, check: bool) -> Plan:
         """The plan; without `check` the first source of each layer, and the layouts."""
-        check_independence(self.model, self.function, self.examples)
-        with Routing() as routing:
-            layouts = self._layouts(set())
-        truths = [Truth.of(self.model, self.function, self.layers, self.examples.few)] if check else []
-        unused = set(truths[0].unused if check else ())
-        choices = {name: self._candidates(name) for name in self.layers}
-        sources = {name: self._first(name, choices[name], layouts, unused) for name in self.layers}
-        whole = self.examples.whole
-        plan = Plan(self.uses, sources, layouts, shapes=whole.shapes(), routed=routing.found, apart=whole.apart())
-        if not check:
-            return plan
-        plan.batched, plan.unused = self._can_batch(plan, truths[0]), truths[0].unused
-        self._settle(plan, choices, truths[0])
-        if has_zeros(self.model):
+        with self._wanted():
+            return self._checked() if check else self._unchecked()
+
+    def _unchecked(self) -> Plan:
+        return self._first_plan(self._layouts(self._forward(self.examples.one), self._forward(self.examples.few)))
+
+    def _checked(self) -> Plan:
+        seen: list[Forward] = []
+
+        def look(batch: Batch) -> Tensor:
+            seen.append(self._forward(batch))
+            return seen[-1].outputs
+
+        first = check_independence(self.model, self.function, self.examples, look)
+        few, one = seen[:2]
+        plan = self._first_plan(self._layouts(one, few))
+        plan.routed, plan.reads = first.routed, first.reads
+        zeros, points = has_zeros(self.model), list[tuple[Truth, set[str]]]()
+        if zeros:
+            # What is behind them is seen at other parameters: all there is, unless Python reads values.
             with perturbed(self.model):
-                truths.append(Truth.of(self.model, self.function, self.layers, self.examples.few))
-                self._settle(plan, choices, truths[1])
-        unseen = {name for name in self.layers if not any(truth.determines(name) for truth in truths)}
-        unseen = self._without_precise(plan, unseen, truths[0])
+                points += self._settle_nearby(plan)
+        if first.reads or not points:
+            points.append(self._settle(plan, few))
+        unseen = set(self.layers).difference(*(found for _, found in points))
         plan.undetermined = unseen if self.before is None else unseen & self.before.undetermined
-        plan.rounding = max(truth.rounding for truth in truths)
+        plan.rounding = max(truth.rounding for truth, _ in points)
         return plan
 
-    def _candidates(self, name: str) -> list[Source]:
-        sources = candidates(self.layers[name], self.uses[name], self.model)
-        return [source for source in sources if not self.banned.intersection(source.hosts)]
+    @contextmanager
+    def _wanted(self) -> Iterator[None]:
+        """Inside, the parameters of the layers require gradients."""
+        with untouched(self.model):
+            for p in self.layers.parameters(self.model):
+                p.requires_grad_()
+            yield
 
-    def _first(self, name: str, choices: list[Source], layouts: Layouts, unused: set[str]) -> Source:
-        """The earlier plan's source, or the first one; of a layer that is used, one whose modules are called."""
+    def _forward(self, batch: Batch, added: Collection[str] = ()) -> Forward:
+        return Forward.of(self.model, self.function, batch, self.names, added)
+
+    def _first_plan(self, layouts: Layouts) -> Plan:
+        for name in self.layers:
+            known = candidates(self.layers[name], self.uses[name], self.model)
+            choices = [source for source in known if not self.banned.intersection(source.hosts)]
+            self.chains[name] = Chain(choices, self._first(name, choices, layouts))
+        sources, whole = {name: chain.source for name, chain in self.chains.items()}, self.examples.whole
+        return Plan(self.uses, sources, layouts, shapes=whole.shapes(), apart=whole.apart())
+
+    def _first(self, name: str, choices: list[Source], layouts: Layouts) -> Source:
+        """The earlier plan's source, or the first one whose modules are called; of a layer that is not used, any."""
         earlier = self.before.sources[name] if self.before is not None else None
         if earlier is not None and replace(earlier, vectorized=True) in choices:
             return earlier
-        if all(self.layers[name].full_name(local) in unused for local in self.layers[name].shapes):
-            return choices[0]
         called = [source for source in choices if source.hosts and any(layouts[host] for host in source.hosts)]
         return called[0] if called else choices[0]
 
-    def _settle(self, plan: Plan, choices: dict[str, list[Source]], truth: Truth) -> None:
-        pending = list(self.layers)
-        while pending := self._wrong(plan, pending, truth):
-            self._move_on(plan, pending, choices)
+    def _settle_nearby(self, plan: Plan) -> list[tuple[Truth, set[str]]]:
+        """What `_settle` finds at other parameters; nothing where the model can't be run there as it was before."""
+        few = self._forward(self.examples.few)
+        try:
+            return [self._settle(plan, few)] if is_finite(few.outputs) else []
+        except LayoutChanged:
+            return []
 
-    def _move_on(self, plan: Plan, pending: list[str], choices: dict[str, list[Source]]) -> None:
+    def _settle(self, plan: Plan, few: Forward) -> tuple[Truth, set[str]]:
+        """Move the layers along their chains until they agree with the truth; it, and the layers that it determines."""
+        truth = Truth.of(self.model, self.layers, few.outputs)
+        plan.unused = truth.unused
+        if self.before is None:
+            for name, layer in self.layers.layers.items():
+                if all(layer.full_name(local) in truth.unused for local in layer.shapes):
+                    plan.sources[name] = self.chains[name].restart()
+        at = Trial(self, plan, truth, few)
+        pending = list(self.layers)
+        while pending := at.wrong(pending):
+            self._move_on(plan, pending)
+        return truth, at.determined()
+
+    def _move_on(self, plan: Plan, pending: list[str]) -> None:
         """Give each layer its next source; but only one at a time an output with an added axis of examples.
 
         What follows such an output has examples, too: where they are is measured again, and the layers that have not
@@ -102,35 +142,34 @@ class Accounting:
         """
         added = plan.added()
         for name in pending:
-            source = self._next(name, choices[name], plan)
+            chain = self.chains[name]
+            source = chain.following(name in self.errors, lambda source: self._applies(source, plan.layouts))
+            if source is None:
+                raise self._refusal(name)
             if not (source.added and plan.added() != added):
-                plan.sources[name] = source
+                plan.sources[name] = chain.move(source, name in self.errors)
         if plan.added() != added:
             try:
-                plan.layouts = self._layouts(plan.added())
+                one, few = (self._forward(batch, plan.added()) for batch in (self.examples.one, self.examples.few))
+                plan.layouts = self._layouts(one, few)
             except Exception:  # the rest of the model can't do with another axis, and will say so when it is compared
                 return
             for name in pending:
-                ahead = choices[name][: choices[name].index(replace(plan.sources[name], vectorized=True))]
-                if not plan.sources[name].added and not any(source.added for source in ahead):
-                    plan.sources[name] = choices[name][0]
+                if not self.chains[name].was_added:
+                    plan.sources[name] = self.chains[name].restart()
 
-    def _next(self, name: str, choices: list[Source], plan: Plan) -> Source:
-        before = plan.sources[name]
-        if not before.fast and before.vectorized and name in self.errors:
-            return replace(before, vectorized=False)
-        for source in choices[choices.index(replace(before, vectorized=True)) + 1 :]:
-            if self._applies(source, plan.layouts):
-                return source
+    def _refusal(self, name: str) -> Exception:
         if isinstance(reason := self.reasons.get(name), NotImplementedError):
-            raise reason
+            return reason
         kind = self.layers[name].kind
-        raise NotImplementedError(
+        refusal = NotImplementedError(
             f"Gradients of single examples by the parameters of layer {name!r} ({kind}) can't be computed: run one by "
             "one, the examples give other gradients than in a batch, where they influence each other (normalization "
             "over the batch?), or the layer can't be run again. Leave it out by `layer_collection="
             "LayerCollection.from_model(model, layers=...)`."
-        ) from self.errors.get(name)
+        )
+        refusal.__cause__ = self.errors.get(name)
+        return refusal
 
     def _applies(self, source: Source, layouts: Layouts) -> bool:
         """Whether a source can give anything else than the ones before it."""
@@ -141,19 +180,13 @@ class Accounting:
             return any(layout.axis is None for call in calls for layout in call[1])
         return not source.hosts or bool(calls)
 
-    def _layouts(self, added: set[str]) -> Layouts:
+    def _layouts(self, one: Forward, few: Forward) -> Layouts:
         """Where the examples are: the axis that grows with their number. Modules where there is none are banned."""
-        names = [name for name, _ in self.model.named_modules()]
-        seen = []
-        for batch in (self.examples.one, self.examples.few):
-            with watch(self.model, names, batch.size, added) as found:
-                run(self.model, self.function, batch)
-            seen.append(found.calls)
         layouts: Layouts = {}
-        for name in names:
-            one, few = seen[0][name], seen[1][name]
-            layouts[name] = [self._layout(name, first, second) for first, second in zip(one, few, strict=False)]
-            if len(one) != len(few):
+        for name in self.names:
+            single, several = one.seen.calls[name], few.seen.calls[name]
+            layouts[name] = [self._layout(name, first, second) for first, second in zip(single, several, strict=False)]
+            if len(single) != len(several):
                 self.banned.add(name)
             if self.before is not None and not layouts[name]:
                 layouts[name] = self.before.layouts[name]
@@ -171,49 +204,72 @@ class Accounting:
             found.append(layouts)
         return found[0], found[1]
 
-    def _can_batch(self, plan: Plan, truth: Truth) -> bool:
-        """Whether the backward pass can be vectorised; if not, cotangents are pulled one by one."""
-        try:
-            recording = Recording(self.model, self.function, self.layers, plan, self.examples.few)
-            recording.pull(truth.cotangents, retain=False)
-        except RuntimeError:
-            return False
-        return True
 
-    def _wrong(self, plan: Plan, pending: list[str], truth: Truth) -> list[str]:
-        """The layers whose gradients differ from autograd's."""
-        self.errors = {}
+class Trial:
+    """The gradients that a plan's sources give on a few examples, held to the truth."""
+
+    def __init__(self, by: Accounting, plan: Plan, truth: Truth, few: Forward):
+        self.by, self.plan, self.truth = by, plan, truth
+        self._added: set[str] = set()
+        self._forward: Forward = few
+        self._grads: Pulled | None = None
+
+    def wrong(self, pending: list[str]) -> list[str]:
+        """The layers whose gradients differ from autograd's; notes the errors that they raise."""
+        self.by.errors = {}
+        return self._wrong(self.plan, pending)
+
+    def determined(self) -> set[str]:
+        """The layers that the examples reach.
+
+        Those, too, whose gradients are small beside others', as in deep networks, but agree in all digits.
+        """
+        found = {name for name in self.by.layers if self.truth.determines(name)}
+        if len(found) == len(self.by.layers):
+            return found
+        (recording, grads), shared = self._recorded(self.plan), Shared()
+        records = (
+            (name, recording.record_of(name, grads, self.truth.cotangents, shared))
+            for name in self.by.layers
+            if name not in found
+        )
+        return found | {name for name, record in records if self.truth.agrees_precisely(name, record)}
+
+    def _wrong(self, plan: Plan, pending: list[str]) -> list[str]:
         changed = [name for name in pending if plan.sources[name].added]
         try:
-            recording = Recording(self.model, self.function, self.layers, plan, self.examples.few)
-            same = torch.allclose(recording.outputs, truth.outputs, rtol=1e-3, atol=1e-5)
+            recording, grads = self._recorded(plan)
+            same = torch.allclose(recording.outputs, self.truth.outputs, rtol=1e-3, atol=1e-5)
         except Exception as error:
             if not changed:
                 raise
             # The rest of the model can't do with outputs that have an axis of examples.
-            same, self.errors = False, dict.fromkeys(changed, error)
+            same, self.by.errors = False, dict.fromkeys(changed, error)
         if changed and not same:
             rest = [name for name in pending if name not in changed]
             without = {name: replace(s, added=s.added and name not in changed) for name, s in plan.sources.items()}
-            return changed + (self._wrong(replace(plan, sources=without), rest, truth) if rest else [])
-        grads: dict = recording.pull(truth.cotangents, retain=False)
+            return changed + (self._wrong(replace(plan, sources=without), rest) if rest else [])
         shared: Shared = {}
-        return [name for name in pending if not self._agrees(recording, name, grads, shared, truth)]
+        return [name for name in pending if not self._agrees(recording, name, grads, shared)]
 
-    def _without_precise(self, plan: Plan, names: set[str], truth: Truth) -> set[str]:
-        """Without the layers whose gradients are small beside others', as in deep networks, but agree in all digits."""
-        if not names:
-            return names
-        recording = Recording(self.model, self.function, self.layers, plan, self.examples.few)
-        grads, shared = recording.pull(truth.cotangents, retain=False), Shared()
-        return {
-            n for n in names if not truth.agrees_precisely(n, recording.record_of(n, grads, truth.cotangents, shared))
-        }
+    def _recorded(self, plan: Plan) -> tuple[Recording, Pulled]:
+        """The few examples by a plan, and the gradients at all modules; run again where outputs get another axis."""
+        if plan.added() != self._added:
+            self._forward, self._grads = self.by._forward(self._forward.batch, plan.added()), None
+            self._added = plan.added()
+        recording = Recording(self.by.model, self.by.function, self.by.layers, plan, self._forward)
+        if self._grads is None:
+            try:
+                self._grads = recording.pull(self.truth.cotangents, retain=True)
+            except RuntimeError:  # the backward pass can't be vectorised: cotangents are pulled one by one
+                self.plan.batched = plan.batched = False
+                self._grads = recording.pull(self.truth.cotangents, retain=True)
+        return recording, self._grads
 
-    def _agrees(self, recording: Recording, name: str, grads: dict, shared: Shared, truth: Truth) -> bool:
+    def _agrees(self, recording: Recording, name: str, grads: Pulled, shared: Shared) -> bool:
         try:
-            return truth.agrees(name, recording.record_of(name, grads, truth.cotangents, shared))
+            return self.truth.agrees(name, recording.record_of(name, grads, self.truth.cotangents, shared))
         except Exception as error:  # whatever a module raises when it is run in a way it was not made for
-            self.errors[name] = error
-            self.reasons.setdefault(name, error)
+            self.by.errors[name] = error
+            self.by.reasons.setdefault(name, error)
             return False

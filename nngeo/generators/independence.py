@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.outputs import check_outputs, outputs_of
-from nngeo.generators.untouched import untouched
+from nngeo.generators.reads import Reads
+from nngeo.generators.untouched import Snapshot
 
 FEW = 6  # examples on which a model is looked at before a sweep
+ALONE = 8  # examples of each batch that are run alone, where Python reads values
+
+_DRAWS = random.Random(0)
+
+Look = Callable[[Batch], Tensor]  # the outputs (b, ...), with their graph
 
 
 @dataclass(frozen=True)
 class FirstExamples:
-    """One example of a batch, and a few, that one first (it alone, twice, where there is only one)."""
+    """A few examples of a batch, and the first and the last of them alone. Where there is only one, it is all."""
 
     whole: Batch
     one: Batch
     few: Batch
+    last: Batch
 
     @classmethod
     def of(cls, batch: Batch, front: Sequence[int] = ()) -> FirstExamples:
         """The first ones of a batch, those in `front` before them."""
         order = [*front, *(e for e in range(min(batch.size, FEW)) if e not in front)][:FEW]
-        # Not one, and not as many as there are cotangents: no axis is mistaken for another.
-        few = torch.tensor(order + order[:1] if len(order) in (1, 3) else order, device="cpu")
-        return cls(batch, batch.examples(few[:1]), batch.examples(few))
+        # More than there are cotangents: no axis is mistaken for another.
+        few = torch.tensor((order * 3)[: max(3, len(order))], device="cpu")
+        return cls(batch, batch.examples(few[:1]), batch.examples(few), batch.examples(few[-1:]))
 
 
-def run(model: nn.Module, function: Function | None, batch: Batch) -> Tensor:
-    """The outputs (b, ...), with their graph; the model comes back as it was."""
-    with untouched(model), torch.enable_grad():
+class FirstLook(NamedTuple):
+    """The outputs of a few examples, with their graph, and what was done on the way."""
+
+    outputs: Tensor
+    reads: bool  # whether Python read values of tensors
+    routed: bool  # whether rows were picked by tensors
+
+
+def run(model: nn.Module, function: Function | None, batch: Batch, before: Snapshot | None = None) -> Tensor:
+    """The outputs (b, ...), with their graph; the model comes back as it was, or as it was `before`."""
+    with (before or Snapshot(model)).restored(), torch.enable_grad():
         try:
             return outputs_of(batch, model, function)
         except RuntimeError as error:
@@ -44,15 +61,30 @@ def run(model: nn.Module, function: Function | None, batch: Batch) -> Tensor:
             raise ValueError(f"The model's parameters are {own}, the batches {given}: {error}.") from error
 
 
-def check_independence(model: nn.Module, function: Function | None, examples: FirstExamples) -> Tensor:
-    """Raise unless the outputs of an example are the same when it is alone and among a few; the outputs of the few.
+def check_independence(
+    model: nn.Module, function: Function | None, examples: FirstExamples, look: Look | None = None
+) -> FirstLook:
+    """Raise unless the outputs of an example are the same when it is alone and among a few.
+
+    Args:
+        look: runs the model in place of `run`.
 
     Raises:
         ValueError: the first axis of the outputs is not the batch; examples influence each other; the model draws
             random numbers; outputs are not finite.
     """
-    check_repeatable(model, function, examples.few)
-    one, few = (_run_alone(model, function, examples.whole, batch) for batch in (examples.one, examples.few))
+
+    def alone(batch: Batch) -> Tensor:
+        return _run_alone(model, function, examples.whole, batch, look)
+
+    reads = Reads()
+
+    def noted(batch: Batch) -> Tensor:
+        with reads:
+            return look(batch) if look else run(model, function, batch)
+
+    few = check_repeatable(model, function, examples.few, noted)
+    one = alone(examples.one)
     if few.ndim == 0 or len(few) != examples.few.size or one.ndim == 0 or len(one) != 1:
         raise ValueError(
             f"Outputs have shape {tuple(few.shape)} for {examples.few.size} examples and {tuple(one.shape)} for one: "
@@ -62,37 +94,41 @@ def check_independence(model: nn.Module, function: Function | None, examples: Fi
     for batch, outputs in ((examples.one, one), (examples.few, few)):
         check_outputs(outputs, batch, model, function)
     # The last one, too: the first may be the one that all others depend on (a cumulative sum, a reference).
-    end = examples.few.examples(torch.tensor([examples.few.size - 1], device="cpu"))
-    last = _run_alone(model, function, examples.whole, end)
-    for name, alone, together in (("first", one, few[:1]), ("last", last, few[-1:])):
-        if not _is_close(alone.detach(), together.detach()):
-            raise ValueError(
-                f"The examples of a batch influence each other: the outputs of the {name} one are others when it is "
-                "alone (normalization over the batch?), so gradients of single examples are not defined."
-            )
-    return few
+    for name, found, together in (("first", one, few[:1]), ("last", alone(examples.last), few[-1:])):
+        _check_same(name, found, together)
+    return FirstLook(few, reads.found, reads.picks)
 
 
-def _is_close(apart: Tensor, together: Tensor) -> bool:
-    tolerance = min(10 * torch.finfo(together.dtype).eps ** 0.5, 0.1)
-    return apart.shape == together.shape and bool(
-        (apart - together).norm() <= tolerance * together.norm() + tolerance**2
-    )
+def check_alone(
+    model: nn.Module, function: Function | None, batch: Batch, outputs: Tensor, apart: Sequence[bool] | None = None
+) -> None:
+    """Raise unless examples of a batch, run alone, have their rows of its outputs; all of them, or some at random.
+
+    For models of which Python reads values: what is run may depend on all examples, for this batch if not for others.
+    """
+    if batch.size == 1:
+        return
+    for e in sorted(_DRAWS.sample(range(batch.size), min(ALONE, batch.size))):
+        one = batch.examples(slice(e, e + 1), apart)
+        found = _run_alone(model, function, batch, one)
+        _check_same(f"{e + 1}. of {batch.size}", found, outputs[e : e + 1])
 
 
-def check_repeatable(model: nn.Module, function: Function | None, batch: Batch) -> None:
-    """Raise if the model draws random numbers, or changes its input."""
+def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, look: Look | None = None) -> Tensor:
+    """Raise if the model draws random numbers, or changes its input; the outputs of the batch, with their graph."""
+
+    def plain(batch: Batch) -> Tensor:
+        return run(model, function, batch)
+
     before, versions = _random_states(), [x._version for x in batch.tensors()]
     try:
-        with torch.no_grad():
-            outputs = run(model, function, batch)
-            after = _random_states()
-            draws = any(not torch.equal(s, t) for s, t in zip(before, after, strict=True))
-            if draws and any(not torch.equal(outputs, run(model, function, batch)) for _ in range(3)):
-                raise ValueError(
-                    "The outputs depend on random numbers (functional dropout? sampling?), so their gradients are not "
-                    "defined. Call model.eval(), or make `function=` deterministic."
-                )
+        outputs = (look or plain)(batch)
+        draws = any(not torch.equal(s, t) for s, t in zip(before, _random_states(), strict=True))
+        if draws and any(not torch.equal(outputs, plain(batch)) for _ in range(3)):
+            raise ValueError(
+                "The outputs depend on random numbers (functional dropout? sampling?), so their gradients are not "
+                "defined. Call model.eval(), or make `function=` deterministic."
+            )
         if versions != [x._version for x in batch.tensors()]:
             raise NotImplementedError(
                 "The model changes its input in place, so it can't be run again on the same data. Replace the in-place "
@@ -102,6 +138,20 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch) 
         torch.set_rng_state(before[0])
         if len(before) > 1:
             torch.cuda.set_rng_state_all(before[1:])
+    return outputs
+
+
+def _check_same(name: str, alone: Tensor, together: Tensor) -> None:
+    alone, together = alone.detach(), together.detach()
+    tolerance = min(10 * torch.finfo(together.dtype).eps ** 0.5, 0.1)
+    same = alone.shape == together.shape and bool(
+        (alone - together).norm() <= tolerance * together.norm() + tolerance**2
+    )
+    if not same:
+        raise ValueError(
+            f"The examples of a batch influence each other: the outputs of the {name} one are others when it is "
+            "alone (normalization over the batch?), so gradients of single examples are not defined."
+        )
 
 
 def _random_states() -> list[Tensor]:
@@ -113,9 +163,11 @@ def _dtypes(tensors: Iterable[Tensor]) -> str:
     return ", ".join(sorted({str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()})) or "integers"
 
 
-def _run_alone(model: nn.Module, function: Function | None, whole: Batch, batch: Batch) -> Tensor:
+def _run_alone(
+    model: nn.Module, function: Function | None, whole: Batch, batch: Batch, look: Look | None = None
+) -> Tensor:
     try:
-        return run(model, function, batch)
+        return look(batch) if look else run(model, function, batch)
     except Exception as error:
         run(model, function, whole)  # if this raises, too, the reason is not the number of examples
         raise ValueError(

@@ -113,8 +113,7 @@ class JacobianGenerator(Generator):
         setting = whole.setting()
         for group in self._groups(whole, examples):
             batch = Batch.joined(group)
-            whole.look_at(batch)
-            graph = ReverseGraph(whole, batch, setting)
+            graph = whole.graph(batch, setting)
             parts.append((graph, self._cotangents_of(graph.outputs, group)))
             if len(parts) == 1:
                 require_second_derivatives(graph, whole)

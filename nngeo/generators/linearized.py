@@ -26,7 +26,7 @@ from nngeo.generators.differentiable import (
     quiet,
     split_by_parameter,
 )
-from nngeo.generators.independence import FirstExamples, check_independence
+from nngeo.generators.independence import FirstExamples, check_alone, check_independence
 from nngeo.generators.lean import Lean, is_compiled
 from nngeo.generators.sources import Replay
 from nngeo.layers.collection import LayerCollection
@@ -72,6 +72,7 @@ class Linearizer:
         self._apart: dict[tuple, list[bool]] = {}
         self._compiled = is_compiled(model, function)
         self._known = False  # whether the first mini-batch has been looked at
+        self._reads = False  # whether Python reads values of tensors, so that every mini-batch has to be tested
         self.push, self.pull, self.footprint = Backward(), Backward(), Footprint()
 
     def setting(self) -> Setting:
@@ -82,8 +83,21 @@ class Linearizer:
         """The model at a batch, where J v is going to be asked for the rows v of (m, P), if there are any."""
         self.look_at(batch)
         if rows is not None and len(rows) == 1 and self._forward_mode:
-            return self._forward(batch, rows, setting)
-        return ReverseGraph(self, batch, setting).linearized(setting)
+            found = self._forward(batch, rows, setting)
+            self._check(batch, found.outputs)
+            return found
+        return self.graph(batch, setting).linearized(setting)
+
+    def graph(self, batch: Batch, setting: Setting) -> ReverseGraph:
+        """The graph of a batch, which serves any number of products."""
+        self.look_at(batch)
+        graph = ReverseGraph(self, batch, setting)
+        self._check(batch, graph.outputs)
+        return graph
+
+    def _check(self, batch: Batch, outputs: Tensor) -> None:
+        if self._reads:
+            check_alone(self.model, self.function, batch, outputs, self.apart(batch))
 
     def look_at(self, batch: Batch) -> None:
         """On the first mini-batch, test what the model does with two of its examples.
@@ -95,7 +109,8 @@ class Linearizer:
             return
         with differentiable(self.model, self.layers):
             examples = FirstExamples.of(batch)
-            own = has_own_functions(check_independence(self.model, self.function, examples))
+            first = check_independence(self.model, self.function, examples)
+            own, self._reads = has_own_functions(first.outputs), first.reads
         try:
             with quiet():
                 self._forward_mode = self._forward_mode and self._is_adjoint(examples.few)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from nngeo.generators.accounting import Accounting
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.recording import Plan, Recording
+from nngeo.generators.independence import check_alone
+from nngeo.generators.recording import Forward, Plan, Recording
 from nngeo.generators.routing import check_rows
 from nngeo.generators.untouched import Snapshot
 from nngeo.generators.watch import LayoutChanged
@@ -52,7 +53,10 @@ class Planner:
         plan, banned = self.plan(batch), set[str]()
         while True:
             try:
-                recording = Recording(self.model, self.function, self.layers, plan, batch, self._before)
+                forward = Forward.of(self.model, self.function, batch, plan.hosts(), plan.added(), self._before)
+                recording = Recording(self.model, self.function, self.layers, plan, forward)
+                if plan.reads:
+                    check_alone(self.model, self.function, batch, recording.outputs, plan.apart)
                 if plan.routed:
                     check_rows(recording)
                 front, reached = recording.reaching(plan.undetermined, plan.rounding)

@@ -77,6 +77,13 @@ class LayerRecord:
             total += part.one(k, b)
         return total
 
+    def combined(self, w: Tensor) -> Tensor:
+        """(m, p), sums of the gradients over k and b with weights w (m, k, b)."""
+        total = self.like.new_zeros(len(w), self.layer.numel())
+        for part in self.parts:
+            total += part.combined(w)
+        return total
+
     def squares(self, into: Tensor | None = None) -> Tensor:
         """(p,), gradients squared and summed over k and b; added to `into`, if that is given."""
         if self.view is None:

@@ -8,10 +8,12 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.fx.experimental.symbolic_shapes  # noqa: F401 (torch does it in the first backward pass of a cotangent)
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.outputs import outputs_of, random_like
+from nngeo.generators.independence import run
+from nngeo.generators.outputs import random_like
 from nngeo.generators.record import BatchRecord, LayerRecord
 from nngeo.generators.sources import (
     Replay,
@@ -30,6 +32,8 @@ from nngeo.layers.rule import Computed, Gradients, LinearMapRule, assemble, rule
 
 Layouts = dict[str, list[tuple[list[Layout], list[Layout]]]]  # by module, for each call: of arguments, of outputs
 
+Pulled = dict[str, list[list[Tensor | None]]]  # by module, for each call: gradients (k, ...) at its outputs
+
 Shared = dict[tuple, Callable[[], dict[str, Tensor]]]  # what the generic rule finds at a call, for all its layers
 
 
@@ -45,6 +49,7 @@ class Plan:
     undetermined: set[str] = field(default_factory=set)  # layers that no example has reached so far
     rounding: float = 0.0  # what is as good as zero in an entry of a gradient
     routed: bool = False  # whether rows are picked by tensors, so that each batch has to be tested
+    reads: bool = False  # whether Python reads values of tensors: each batch has to be tested, too
     shapes: list[torch.Size] = field(default_factory=list)  # of the tensors of one example, in the batch it was made on
     apart: list[bool] = field(default_factory=list)  # the leaves of that batch with one entry for each of its examples
     loads: dict[Any, float] = field(default_factory=dict)  # what an example takes of a backward pass's budget
@@ -70,30 +75,39 @@ class Plan:
         return known[min(call, len(known) - 1)]
 
 
+@dataclass(frozen=True)
+class Forward:
+    """Outputs of one mini-batch, with their graph, and the calls of the watched modules that led to them."""
+
+    batch: Batch
+    outputs: Tensor
+    seen: Watch
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        function: Function | None,
+        batch: Batch,
+        hosts: Collection[str],
+        added: Collection[str] = (),
+        before: Snapshot | None = None,
+    ) -> Forward:
+        """Run a model on a batch; outputs of the modules in `added` get an axis of examples."""
+        with watch(model, hosts, batch.size, added) as seen:
+            return cls(batch, run(model, function, batch, before), seen)
+
+
 class Recording:
     """Outputs of one mini-batch, and the calls that led to them."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        function: Function | None,
-        layers: LayerCollection,
-        plan: Plan,
-        batch: Batch,
-        before: Snapshot | None = None,
-    ):
-        self.model, self.layers, self.plan, self.batch = model, layers, plan, batch
+    def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, plan: Plan, by: Forward):
+        self.model, self.layers, self.plan, self.batch = model, layers, plan, by.batch
         self.replay = Replay(model, function)
-        self.seen: Watch
-        with (
-            (before or Snapshot(model)).restored(),
-            torch.enable_grad(),
-            watch(model, plan.hosts(), batch.size, plan.added()) as self.seen,
-        ):
-            self.outputs = outputs_of(batch, model, function)
+        self.seen, self.outputs = by.seen, by.outputs
         self.like = full_precision(self.outputs.detach())
-        for host, calls in self.seen.calls.items():
-            for j, call in enumerate(calls):
+        for host in plan.hosts():
+            for j, call in enumerate(self.seen.calls[host]):
                 self._check_layout(host, j, call)
 
     def _check_layout(self, host: str, j: int, call: Call) -> None:
@@ -127,7 +141,7 @@ class Recording:
         calls = [call for found in self.seen.calls.values() for call in found]
         return [shape.numel() for call in calls for shape in call.shapes if shape is not None]
 
-    def pull(self, c: Tensor, retain: bool) -> dict[str, list[list[Tensor | None]]]:
+    def pull(self, c: Tensor, retain: bool) -> Pulled:
         """Gradients (k, ...) at every output of every call of the watched modules, from cotangents c (k, b, ...)."""
         calls = [(name, call) for name, found in self.seen.calls.items() for call in found]
         edges = [edge for _, call in calls for edge in call.outputs if edge is not None]
@@ -139,7 +153,7 @@ class Recording:
             last = len(c) - 1
             rows = [_backward(self.outputs, edges, row, retain or j < last, batched=False) for j, row in enumerate(c)]
             flat = [None if row[0] is None else _stacked(row) for row in zip(*rows, strict=True)]
-        found: dict[str, list[list[Tensor | None]]] = {name: [] for name in self.seen.calls}
+        found: Pulled = {name: [] for name in self.seen.calls}
         for name, call in calls:
             found[name].append([None if edge is None else flat.pop(0) for edge in call.outputs])
         return found
@@ -151,7 +165,7 @@ class Recording:
         records = {name: self.record_of(name, grads, c, shared, first) for name in self.layers}
         return BatchRecord(records, self.batch.size, first, count or len(c))
 
-    def record_of(self, name: str, grads: dict, c: Tensor, shared: Shared, first: bool = True) -> LayerRecord:
+    def record_of(self, name: str, grads: Pulled, c: Tensor, shared: Shared, first: bool = True) -> LayerRecord:
         """One layer's record, from what `pull` returned for cotangents c."""
         layer, source, like = self.layers[name], self.plan.sources[name], self.like
         parts = self._parts(layer, source, grads, c, shared) or self._nothing(layer, source, len(c), like)
@@ -189,7 +203,7 @@ class Recording:
         pairs = zip(wanted, grads, strict=True)
         return {name for (name, _), g in pairs if g is not None and bool(g.norm() > rounding)}
 
-    def _parts(self, layer: Layer, source: Source, grads: dict, c: Tensor, shared: Shared) -> list[Gradients]:
+    def _parts(self, layer: Layer, source: Source, grads: Pulled, c: Tensor, shared: Shared) -> list[Gradients]:
         if not source.hosts:
             compute = partial(whole_gradients, self.replay, self.batch, c, source, self._wanted(source, ""))
             return [_picked(layer, self.plan.names(layer, ""), shared.setdefault((), cache(compute)))]

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 
 from nngeo.generators.outputs import random_like
 from nngeo.generators.recording import Recording
 from nngeo.generators.watch import LayoutChanged
 
-# Operations that pick rows by tensors. Where a model has any, every mini-batch is tested by one more backward.
-_PICKS = {"nonzero", "argwhere", "masked_select", "index_select", "gather", "take", "take_along_dim", "topk", "sort"}
-_PICKS |= {"argsort", "index_add", "index_add_", "index_copy", "index_copy_", "index_put", "index_put_", "scatter"}
-_PICKS |= {"scatter_", "scatter_add", "scatter_add_"}
-
 # The number of factors: so many examples are told apart by one backward.
 LEVELS = 8
-
-
-class Routing(TorchFunctionMode):
-    """Notes whether rows are picked by tensors while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = False
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("__getitem__", "__setitem__"):
-            self.found |= any(isinstance(leaf, Tensor) for leaf in tree_flatten(args[1])[0])
-        self.found |= name in _PICKS
-        return func(*args, **(kwargs or {}))
 
 
 def check_rows(recording: Recording) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +76,48 @@ def candidates(layer: Layer, uses: Uses, model: nn.Module) -> Iterator[Source]:
         yield Source((parent,))
         yield Source((parent,), position_major=True)
     yield Source(())
+
+
+class Chain:
+    """The sources of one layer in the order in which they are tried, each of them once.
+
+    A generic one that raises an error is tried again row by row at once; one that differs, after all others.
+    """
+
+    def __init__(self, sources: Sequence[Source], first: Source):
+        self._sources = list(dict.fromkeys(sources))
+        self._begin(first)
+
+    def _begin(self, first: Source) -> None:
+        self.source = first
+        self._left = self._sources[self._sources.index(replace(first, vectorized=True)) + 1 :]
+        self._again: list[Source] = []
+        self.was_added = first.added
+
+    def following(self, raised: bool, applies: Callable[[Source], bool]) -> Source | None:
+        """The next source, of those that apply; None where all have been tried."""
+        if raised and self._by_rows() is not None:
+            return self._by_rows()
+        again = self._again if raised else [*self._again, *filter(None, [self._by_rows()])]
+        return next(filter(applies, self._left), next(iter(again), None))
+
+    def move(self, source: Source, raised: bool) -> Source:
+        """Go on to a source that `following` gave."""
+        if not raised and (by_rows := self._by_rows()) is not None:
+            self._again.append(by_rows)
+        if source in self._left:
+            self._left = self._left[self._left.index(source) + 1 :]
+        self._again = [other for other in self._again if other != source]
+        self.source, self.was_added = source, self.was_added or source.added
+        return source
+
+    def restart(self) -> Source:
+        """Go back to the first source."""
+        self._begin(self._sources[0])
+        return self.source
+
+    def _by_rows(self) -> Source | None:
+        return None if self.source.fast or not self.source.vectorized else replace(self.source, vectorized=False)
 
 
 def _ancestors(hosts: tuple[str, ...]) -> Iterator[str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import vjp, vmap
+from torch.func import vmap
+from torch.overrides import TorchFunctionMode
 
 from nngeo.layers.kernels import plain_kernels
 
@@ -40,17 +43,31 @@ class AnyLayerRule:
 
     def _vectorized(self, parameters, inputs, grads):
         used = [j for j, g in enumerate(grads) if g is not None]
+        b = grads[used[0]].shape[1]
+        # Each example has its own parameters, so that one backward pass serves all of them.
+        leaves = {name: p.expand(b, *p.shape).requires_grad_() for name, p in parameters.items()}
 
-        def one(inputs: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
-            def run(parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-                outputs = self.forward(parameters, inputs)
-                return tuple(outputs[j] for j in used)  # type: ignore[misc]
+        def one(parameters: Mapping[str, Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+            outputs = self.forward(parameters, inputs)
+            return tuple(outputs[j] for j in used)  # type: ignore[misc]
 
-            pull: Any = vjp(run, parameters)[1]
-            return vmap(lambda *g: pull(g)[0])(*grads)
+        padded = any(getattr(module, "padding_idx", None) is not None for module in self.module.modules())
+        with torch.enable_grad(), _Padding() if padded else nullcontext():
+            outputs = vmap(one)(leaves, inputs)
+        live = [(out, grads[j]) for out, j in zip(outputs, used, strict=True) if out.requires_grad]
+        reached: list[str] = []
 
-        found = vmap(one, in_dims=(0, 1))(inputs, [grads[j] for j in used])
-        return {name: grad.detach().transpose(0, 1) for name, grad in found.items()}
+        def pull(*g: Tensor) -> list[Tensor]:
+            found = torch.autograd.grad(
+                [out for out, _ in live], list(leaves.values()), g, retain_graph=True, allow_unused=True
+            )
+            reached[:] = [name for name, grad in zip(leaves, found, strict=True) if grad is not None]
+            return [grad for grad in found if grad is not None]
+
+        rows = vmap(pull)(*[g for _, g in live]) if live else []
+        found = dict(zip(reached, rows, strict=True))
+        k = len(grads[used[0]])
+        return {n: found[n].detach() if n in found else p.new_zeros(k, *p.shape) for n, p in leaves.items()}
 
     def _looped(self, parameters, inputs, grads):
         used = [j for j, g in enumerate(grads) if g is not None]
@@ -69,3 +86,20 @@ class AnyLayerRule:
                     if grad is not None:
                         found[name][c, e] = grad
         return found
+
+
+class _Padding(TorchFunctionMode):
+    """Embeddings stop the gradient at `padding_idx` by themselves: vmap's, of many weights, take it for another row."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.embedding:
+            return func(*args, **(kwargs or {}))
+        return self._embedded(*args, **(kwargs or {}))
+
+    def _embedded(
+        self, index: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        out = F.embedding(index, weight, None, *args, **kwargs)
+        if padding_idx is None:
+            return out
+        return torch.where((index == padding_idx % len(weight)).unsqueeze(-1), out.detach(), out)

@@ -35,6 +35,10 @@ class Gradients(ABC):
     def one(self, k: int, b: int) -> Tensor:
         """(p,), of one cotangent and one example."""
 
+    @abstractmethod
+    def combined(self, w: Tensor) -> Tensor:
+        """(m, p), sums over k and b with weights w (m, k, b)."""
+
 
 @dataclass(frozen=True)
 class Factored(Gradients):
@@ -49,6 +53,9 @@ class Factored(Gradients):
     def one(self, k: int, b: int) -> Tensor:
         return self.view.to_flat(self.products.one(k, b).dense())[0, 0]
 
+    def combined(self, w: Tensor) -> Tensor:
+        return self.view.to_flat(self.products.combine(w))
+
 
 @dataclass(frozen=True)
 class Computed(Gradients):
@@ -61,6 +68,9 @@ class Computed(Gradients):
 
     def one(self, k: int, b: int) -> Tensor:
         return self.compute()[k, b]
+
+    def combined(self, w: Tensor) -> Tensor:
+        return torch.einsum("kbp,mkb->mp", self.compute(), w)
 
 
 class LayerRule(ABC):

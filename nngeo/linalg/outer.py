@@ -75,9 +75,9 @@ class OuterProducts:
         return OuterProducts(self.inputs(slice(b, b + 1)), self.g[:, k : k + 1, b : b + 1])
 
     def combine(self, w: Tensor) -> Tensor:
-        """(n, o, i), the sum over k and b with weights w (k, b); no other tensor of that size is formed."""
-        g = torch.einsum("nkbto,kb->nbto", self.g, w)
-        return g.flatten(1, 2).mT @ self.a.flatten(1, 2)
+        """(..., n, o, i), sums over k and b with weights w (..., k, b); no other tensor of that size is formed."""
+        g = torch.einsum("nkbto,...kb->...nbto", self.g, w)
+        return g.flatten(-3, -2).mT @ self.a.flatten(1, 2)
 
     def squares(self, rotation: Tensor | None = None) -> Tensor:
         """(n, o, i), gradients squared and summed over k and b; with a rotation (n, i, i), of G rotation'.

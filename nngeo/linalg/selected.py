@@ -40,9 +40,10 @@ class SelectedProducts:
         return SelectedProducts(self.index[rows], self.keep[rows], self.size, self.g[:, k : k + 1, rows])
 
     def combine(self, w: Tensor) -> Tensor:
-        """(1, o, i), the sum over k and b with weights w (k, b)."""
-        g = torch.einsum("kbto,kb->bto", self._kept(), w).flatten(0, 1)
-        return g.new_zeros(self.size, g.shape[-1]).index_add_(0, self.index.flatten(), g).mT[None]
+        """(..., 1, o, i), sums over k and b with weights w (..., k, b)."""
+        g = torch.einsum("kbto,...kb->...bto", self._kept(), w).flatten(-3, -2)
+        total = g.new_zeros(*g.shape[:-2], self.size, g.shape[-1])
+        return total.index_add_(-2, self.index.flatten(), g).mT.unsqueeze(-3)
 
     def squares(self) -> Tensor:
         """(1, o, i), gradients squared and summed over k and b; cost O(k b t^2 o), not O(k b i o)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from nngeo.generators.differentiable import Backward, Footprint, differentiable
-from nngeo.generators.independence import FirstExamples, check_independence
+from nngeo.generators.independence import FirstExamples, check_alone, check_independence, run
 from nngeo.generators.outputs import check_mode
 from nngeo.generators.plans import plain, signature
 from nngeo.layers.collection import LayerCollection
@@ -26,6 +26,7 @@ class Facts:
     push: Backward = field(default_factory=Backward)
     footprint: Footprint = field(default_factory=Footprint)
     work: float | None = None  # multiplications of a forward, for each example
+    reads: bool = False  # whether Python reads values of tensors, so that every batch has to be tested
     outputs: dict[tuple, Tensor] = field(default_factory=dict)  # of one example, without data, by shapes of the batch
 
 
@@ -42,13 +43,17 @@ def facts_of(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> Fac
         ValueError: the examples of a batch influence each other, or the model draws random numbers.
     """
     known, key = _place(evaluation, layers, wrt)
+    model, function, batch = evaluation.model, evaluation.function, evaluation.batch
     if key not in known:
-        check_mode(evaluation.model)
-        with differentiable(evaluation.model, layers):
-            check_independence(evaluation.model, evaluation.function, FirstExamples.of(evaluation.batch))
-        known[key] = Facts()
+        check_mode(model)
+        with differentiable(model, layers):
+            first = check_independence(model, function, FirstExamples.of(batch))
+        known[key] = Facts(reads=first.reads)
         if len(known) > MOST:
             del known[next(iter(known))]  # the oldest
+    if known[key].reads:
+        with differentiable(model, layers):
+            check_alone(model, function, batch, run(model, function, batch))
     return known[key]
 
 

@@ -1,0 +1,205 @@
+"""The accounting comes to an end: with a way to the gradients of each layer, or with a refusal by name."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import nngeo
+from nngeo import NTK, Jacobian
+from nngeo.generators.sources import Chain, Source
+from tests import networks, reference
+
+EXACT = {"rtol": 1e-8, "atol": 1e-10}
+SECONDS = 30  # a second is what the slowest takes
+
+
+class Late(BaseException):
+    """No end: not to be taken for an error of the model."""
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    def late(*_: Any) -> None:
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def owning(run: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...], **modules: nn.Module) -> nn.Module:
+    """A model that owns a parameter itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in modules.values():
+            module.reset_parameters()  # type: ignore[operator]
+        net = networks.Net(run, **modules)
+        net.own = nn.Parameter(torch.randn(shape))
+    return net.double().eval()
+
+
+def distances(net: Any, x: Tensor) -> Tensor:
+    return torch.exp(-torch.cdist(x, net.own))
+
+
+def solved(net: Any, x: Tensor) -> Tensor:
+    factors, pivots = torch.linalg.lu_factor(net.own @ net.own.T + torch.eye(3, dtype=x.dtype))
+    return torch.linalg.lu_solve(factors, pivots, net.head(x).unsqueeze(-1))[..., 0]
+
+
+def cached(net: Any, x: Tensor) -> Tensor:
+    """Reads what the first call kept."""
+    if not hasattr(net, "kept"):
+        net.kept = net.own.exp()
+    return net.head(x * net.kept)
+
+
+def read(net: Any, x: Tensor) -> Tensor:
+    """A value in the middle, which vmap has none of."""
+    return net.head(x * net.own * (1.0 if float(net.own.detach().sum()) > 100 else 2.0))
+
+
+SERVED = {
+    "distances": (distances, (5, 3), {}),
+    "distances, then a layer": (lambda net, x: net.head(distances(net, x)), (3, 3), {"head": nn.Linear(3, 2)}),
+    "a solution": (solved, (3, 3), {"head": nn.Linear(3, 3)}),
+    "a value": (read, (3,), {"head": nn.Linear(3, 2)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("run", "shape", "modules"), SERVED.values(), ids=SERVED)
+def test_parameters_of_the_model_itself_are_served(run, shape, modules, dtype):
+    model, x = owning(run, shape, **modules), drawn(4, 3)
+    expected = reference.ntk(model, (x, torch.zeros(4)))
+    with within(SECONDS):
+        found = NTK(model.to(dtype), (x.to(dtype),)).to_torch()
+    assert_close(found.double(), expected, **(EXACT if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}))
+
+
+@pytest.mark.filterwarnings("ignore:The outputs do not depend on")
+def test_what_the_model_keeps_of_its_parameter_comes_to_an_end():
+    """In the first call the outputs depend on the parameter; the cache is not kept, so they do in every call."""
+    model, batch = owning(cached, (3,), head=nn.Linear(3, 2)), (drawn(4, 3), torch.zeros(4))
+    with within(SECONDS):
+        found = Jacobian(model, batch).to_torch()
+    assert_close(found, reference.jacobian(model, batch), **EXACT)
+
+
+def clipped(change: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A model that changes the gradient at its hidden layer."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        h = net.body(x) + net.own
+        if h.requires_grad:
+            h.register_hook(change)
+        return net.head(h.tanh())
+
+    return run
+
+
+CLIPPED = {
+    "to one length": lambda g: g / g.norm(),
+    "entry by entry": lambda g: g.clamp(-0.1, 0.1),
+    "by the mean": lambda g: g - g.mean(0),
+}
+
+
+@pytest.mark.parametrize("change", CLIPPED.values(), ids=CLIPPED)
+@pytest.mark.parametrize("representation", [nngeo.PMatDiag, nngeo.PMatDense], ids=lambda kind: kind.__name__)
+def test_a_gradient_that_is_clipped_in_forward_is_refused(representation, change):
+    model = owning(clipped(change), (3,), body=nn.Linear(3, 3), head=nn.Linear(3, 2))
+    with within(SECONDS), pytest.raises(NotImplementedError, match="layer '(body)?'"):
+        nngeo.FIM(model, (drawn(5, 3),), representation, "regression")
+
+
+def test_a_gradient_that_is_scaled_in_forward_is_served():
+    model = owning(clipped(lambda g: 0.1 * g), (3,), body=nn.Linear(3, 3), head=nn.Linear(3, 2))
+    batch = (drawn(5, 3), torch.zeros(5))
+    assert_close(Jacobian(model, batch).to_torch(), reference.jacobian(model, batch), **EXACT)
+
+
+# ------------------------------------------------------------------------------------------ chains
+
+
+A, B, WHOLE = Source(("a",), fast=True), Source(("a",)), Source(())
+
+
+def walked(chain: Chain, raised: Callable[[Source], bool]) -> list[Source]:
+    found = [chain.source]
+    while (source := chain.following(raised(chain.source), lambda source: True)) is not None:
+        found.append(chain.move(source, raised(chain.source)))
+    return found
+
+
+def by_rows(source: Source) -> Source:
+    return Source(source.hosts, vectorized=False)
+
+
+def test_each_source_is_tried_once_and_row_by_row_at_last():
+    assert walked(Chain([A, B, B, WHOLE, B], A), lambda source: False) == [A, B, WHOLE, by_rows(B), by_rows(WHOLE)]
+
+
+def test_what_raises_an_error_is_tried_row_by_row_at_once():
+    found = walked(Chain([A, B, WHOLE], A), lambda source: source == B)
+    assert found == [A, B, by_rows(B), WHOLE, by_rows(WHOLE)]
+
+
+def test_a_chain_goes_on_behind_the_source_that_it_begins_with():
+    assert walked(Chain([A, B, WHOLE], B), lambda source: False) == [B, WHOLE, by_rows(B), by_rows(WHOLE)]
+
+
+# ------------------------------------------------------------------------------------------ cost
+
+
+class Counted(nn.Module):
+    """Blocks with attention, their parameters partly zero, a parameter of the model, and the number of examples run."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.embed, self.head, self.examples = nn.Embedding(9, 8), nn.Linear(8, 9), [0]
+        self.places = nn.Parameter(torch.randn(5, 8))
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True) for _ in range(depth))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.examples[0] += len(tokens)
+        h = self.embed(tokens) + self.places
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+    def run_in(self, call: Callable[[], Any]) -> int:
+        before = self.examples[0]
+        call()
+        return self.examples[0] - before
+
+
+def counted(depth: int) -> tuple[Counted, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    tokens = torch.randint(9, (6, 5))
+    return Counted(depth).eval(), (tokens, tokens)
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_the_first_look_runs_few_examples_whatever_the_depth(depth):
+    """The few are run at the parameters and at others nearby, two of them alone, and all by the generic rule."""
+    model, batch = counted(depth)
+    first = model.run_in(lambda: nngeo.FIM(model, batch, nngeo.PMatDiag, "token_logits"))
+    again = model.run_in(lambda: nngeo.FIM(model, batch, nngeo.PMatDiag, "token_logits"))
+    assert first - again <= 2 * 6 + 2 + 2 * 6
