@@ -114,8 +114,6 @@ def estimate(model: nn.Module, loader: DataLoader, representation: type[PMat], o
     print(representation.__name__)
     start = time.perf_counter()
     matrix = FIM(model, loader, representation, variant="classif_logits", verbose=True, **options)
-    if isinstance(matrix, PMatEKFAC | PMatEKFACBlockDiag):
-        matrix.update_diag(loader)  # a second pass: exact variances along the eigenvectors of KFAC
     return Row(matrix, time.perf_counter() - start)
 
 

@@ -196,6 +196,14 @@ def reduced(at: Setting) -> dict[str, Any]:
     return {"weight_sharing": "reduce"}
 
 
+def one_pass(at: Setting) -> dict[str, Any]:
+    return {"update_diag": False}
+
+
+def reduced_in_one_pass(at: Setting) -> dict[str, Any]:
+    return reduced(at) | one_pass(at)
+
+
 PMATS = [
     Representation("dense", nngeo.PMatDense, lambda at: at.fisher),
     Representation("diag", nngeo.PMatDiag, diagonal),
@@ -212,9 +220,11 @@ PMATS = [
     ),
     Representation("kfac", nngeo.PMatKFAC, kfac("expand"), is_kronecker, adds=False),
     Representation("kfac_reduce", nngeo.PMatKFAC, kfac("reduce"), is_kronecker, reduced, adds=False),
-    Representation("ekfac", nngeo.PMatEKFAC, kfac("expand"), is_kronecker, adds=False),
-    Representation("ekfac_reduce", nngeo.PMatEKFAC, kfac("reduce"), is_kronecker, reduced, adds=False),
-    Representation("ekfac_block_diag", nngeo.PMatEKFACBlockDiag, ekfac_or_dense, is_kronecker_or_norm, adds=False),
+    Representation("ekfac", nngeo.PMatEKFAC, kfac("expand"), is_kronecker, one_pass, adds=False),
+    Representation("ekfac_reduce", nngeo.PMatEKFAC, kfac("reduce"), is_kronecker, reduced_in_one_pass, adds=False),
+    Representation(
+        "ekfac_block_diag", nngeo.PMatEKFACBlockDiag, ekfac_or_dense, is_kronecker_or_norm, one_pass, adds=False
+    ),
     Representation("mixed", nngeo.PMatMixed, first_layer_dense, options=mixed_options),
 ]
 WITH_EIGENBASIS = [pmat for pmat in PMATS if pmat.kind in (nngeo.PMatEKFAC, nngeo.PMatEKFACBlockDiag)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import nngeo
 from nngeo import FIM, LayerCollection, PFMapDense, PMat, PMatEye, PVector, random_pfmap
 from nngeo.generators import HessianGenerator
-from nngeo.representations import KroneckerEigenBlock, PMatLowRankPlusDiag
+from nngeo.representations import KroneckerBlock, KroneckerEigenBlock, PMatLowRankPlusDiag
 from tests.cases import Case
 from tests.contracts import PMATS, WITH_EIGENBASIS, Representation, cases_of, each_of, each_pmat, setting
 
@@ -43,10 +43,9 @@ def build(name: str, case: Case, examples: Any = None) -> Any:
     at = setting(case)
     if name == "eye":
         return PMatEye(at.layers, 0.7, dtype=torch.float64)
-    matrix = BY_ID[name.removesuffix("_updated")].build(at, examples)
-    if name.endswith("_updated"):
-        matrix.update_diag(at.batches if examples is None else examples)
-    return matrix
+    pmat = BY_ID[name.removesuffix("_updated")]
+    exact = {"update_diag": True} if name.endswith("_updated") else {}
+    return pmat.build(at, examples, **exact)
 
 
 @cache
@@ -604,20 +603,26 @@ KRONECKER = cases_of("linear", "conv2d_groups", "embedding_padding", "tokens", "
 
 
 @each_of(KRONECKER)
-def test_a_sum_of_kronecker_products_keeps_the_partial_traces(case):
+def test_a_sum_of_kronecker_products_is_refused_and_names_what_is_exact(case):
     first, second = (build("kfac", case, shard) for shard in shards(case))
-    total, parts = 2 * first + second, list(zip(first.data.values(), second.data.values(), strict=True))
-    close(total.trace(), 2 * first.trace() + second.trace())
-    for_g = [torch.einsum("n,noq->noq", _trace(b.a), b.g) for b in total.data.values()]
-    torch.testing.assert_close(
-        for_g, [2 * _trace(x.a)[:, None, None] * x.g + _trace(y.a)[:, None, None] * y.g for x, y in parts]
-    )
-    close((first + first).to_torch(), 2 * first.to_torch())
-    close((first + (second + first)).to_torch(), ((first + second) + first).to_torch())
+    with pytest.raises(NotImplementedError, match=r"exact=True.*pooled"):
+        first + second
+    with pytest.raises(NotImplementedError, match=r"exact=True.*pooled"):
+        first - second
+    with pytest.raises(NotImplementedError, match=r"exact=True.*pooled"):
+        first.add(second)
 
 
-def _trace(a: Tensor) -> Tensor:
-    return a.sum(-1) if a.ndim == 2 else torch.einsum("nii->n", a)
+@each_of(KRONECKER)
+def test_kronecker_products_that_share_a_factor_add(case):
+    first, dense = matrix_of("kfac", case), dense_of("kfac", case)
+    close((first + first).to_torch(), 2 * dense)
+    close((2 * first + first).to_torch(), 3 * dense)
+    close((first - first).to_torch(), 0 * dense)
+    close((first + first).trace(), 2 * first.trace())
+    other = first._derived({n: KroneckerBlock(2 * b.a, b.g, b.view) for n, b in first.data.items()})
+    close((first + other).to_torch(), 3 * dense)
+    close((first + 0.0 * build("kfac", case, shards(case)[0])).to_torch(), dense)
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "ekfac_updated"])

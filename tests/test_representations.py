@@ -143,7 +143,7 @@ def problem(net: str) -> Problem:
 
 def updated(kind: type[Any]) -> Callable[[LayerCollection, Problem], PMat]:
     def build(layers: LayerCollection, at: Problem) -> PMat:
-        matrix = kind(layers, at.generator, examples=at.batches)
+        matrix = kind(layers, at.generator, examples=at.batches, update_diag=False)
         matrix.update_diag(at.batches)
         return matrix
 
@@ -164,7 +164,7 @@ BUILDERS: dict[str, Callable[[LayerCollection, Problem], PMat]] = {
     "eye": lambda layers, at: PMatEye(layers, 0.7, dtype=torch.float64),
     "kfac": estimated(PMatKFAC),
     "kfac reduce": estimated(PMatKFAC, weight_sharing="reduce"),
-    "ekfac": estimated(PMatEKFAC),
+    "ekfac": estimated(PMatEKFAC, update_diag=False),
     "ekfac updated": updated(PMatEKFAC),
     "ekfac blockdiag": updated(PMatEKFACBlockDiag),
     "mixed": estimated(
@@ -625,7 +625,7 @@ def test_a_pickle_without_its_generator_says_so_when_it_is_needed():
     at = problem("mlp")
     generator = copy.copy(at.generator)
     generator.lock = threading.Lock()  # which can't be pickled
-    matrix = pickle.loads(pickle.dumps(PMatEKFAC(at.layers, generator, examples=at.batches)))
+    matrix = pickle.loads(pickle.dumps(PMatEKFAC(at.layers, generator, examples=at.batches, update_diag=False)))
     close(matrix.to_torch(), dense_of("ekfac", "mlp"))
     with pytest.raises(ValueError, match="could not be pickled"):
         matrix.update_diag(at.batches)
@@ -1140,3 +1140,111 @@ def test_gram_matrices_have_the_algebra_of_their_matrix():
         k.mv(flat)
     with pytest.raises(ValueError, match="float32"):
         k.mv(FVector(u.to_torch().float()))
+
+
+# ------------------------------------------------------------------------------------------ two passes
+
+
+@pytest.mark.parametrize("net", MATRIX_NETS)
+def test_ekfac_has_exact_scalings_from_the_start(net):
+    at = problem(net)
+    matrix = PMatEKFAC(at.layers, at.generator, examples=at.batches)
+    close(matrix.to_torch(), dense_of("ekfac updated", net))
+    assert matrix.updated and matrix.n_examples == built("ekfac updated", net).n_examples
+
+
+def mixed_ekfac(at: Problem, **options: Any) -> PMatMixed:
+    mapping = {"head": PMatEKFAC}
+    return PMatMixed(
+        at.layers, at.generator, default_representation=PMatDiag, map_layers_to=mapping, examples=at.batches, **options
+    )
+
+
+def test_ekfac_among_other_blocks_has_exact_scalings_from_the_start():
+    at = problem("tokens")
+    block_diag = PMatEKFACBlockDiag(at.layers, at.generator, examples=at.batches)
+    close(block_diag.to_torch(), dense_of("ekfac blockdiag", "tokens"))
+    close(mixed_ekfac(at).trace(), at.fisher.trace())
+    assert not mixed_ekfac(at, update_diag=False).updated
+
+
+TWICE = {
+    "ekfac": lambda at, examples: PMatEKFAC(at.layers, at.generator, examples=examples),
+    "ekfac block diag": lambda at, examples: PMatEKFACBlockDiag(at.layers, at.generator, examples=examples),
+    "mixed": lambda at, examples: PMatMixed(
+        at.layers, at.generator, default_representation=PMatEKFAC, map_layers_to={}, examples=examples
+    ),
+}
+
+
+class Once:
+    """Batches that are there for one reading."""
+
+    def __init__(self, batches: Any, again: Any = ()):
+        self.readings = [batches, again]
+
+    def __iter__(self) -> Any:
+        return iter(self.readings.pop(0))
+
+
+@pytest.mark.parametrize("build", TWICE.values(), ids=TWICE)
+def test_examples_that_can_be_read_once_only_are_refused_by_ekfac(build):
+    at = problem("mlp")
+    iterator = iter(at.batches)
+    with pytest.raises(ValueError, match=r"reads the examples twice.*is an iterator.*update_diag=False"):
+        build(at, iterator)
+    assert len(list(iterator)) == len(at.batches)  # nothing was read
+    with pytest.raises(ValueError, match=r"gave 5 examples, and then 0.*update_diag=False"):
+        build(at, Once(at.batches))
+    with pytest.raises(ValueError, match="gave 5 examples, and then 2"):
+        build(at, Once(at.batches, at.batches[:1]))
+
+
+def test_one_reading_is_enough_where_no_scalings_are_needed():
+    at = problem("mlp")
+    close(
+        PMatEKFAC(at.layers, at.generator, examples=iter(at.batches), update_diag=False).to_torch(),
+        dense_of("ekfac", "mlp"),
+    )
+    mixed = PMatMixed(
+        at.layers, at.generator, default_representation=PMatKFAC, map_layers_to={}, examples=iter(at.batches)
+    )
+    close(mixed.to_torch(), dense_of("kfac", "mlp"))
+
+
+def test_shards_of_ekfac_pool_before_their_scalings_are_made_exact():
+    at = problem("mlp")
+    shards = [PMatEKFAC(at.layers, at.generator, examples=[batch], update_diag=False) for batch in at.batches]
+    pooled = PMat.pool(shards)
+    pooled.update_diag(at.batches)
+    close(pooled.to_torch(), dense_of("ekfac updated", "mlp"))
+
+
+def test_an_ekfac_without_exact_scalings_stays_so_when_examples_join():
+    at = problem("mlp")
+    matrix = PMatEKFAC(at.layers, at.generator, examples=at.batches[:1], update_diag=False).update(at.batches[1:])
+    close(matrix.to_torch(), dense_of("ekfac", "mlp"))
+    assert not matrix.updated
+
+
+# ------------------------------------------------------------------------------------------ shards without a layer
+
+UNREACHED = {
+    "kfac": (lambda at, **o: PMatKFAC(at.layers, at.generator, **o), 2),
+    "ekfac of one pass": (lambda at, **o: PMatEKFAC(at.layers, at.generator, update_diag=False, **o), 2),
+    "ekfac": (lambda at, **o: PMatEKFAC(at.layers, at.generator, **o), 1),
+}
+
+
+@pytest.mark.parametrize(("build", "power"), UNREACHED.values(), ids=UNREACHED)
+@pytest.mark.parametrize("order", [1, -1], ids=["without it second", "without it first"])
+def test_a_layer_that_a_shard_never_reached_is_pooled_with_the_weight_of_the_other(build, power, order):
+    """Each factor, or each scaling, is a mean over all examples, to which those of the shard add nothing."""
+    at = problem("mlp")
+    reached = build(at, examples=at.batches[:1])
+    name, layer = next(iter(at.layers.layers.items()))
+    unreached = reached._like({name: type(reached.data[name]).zeros(layer, at.fisher)}, 6)
+    unreached.data |= {other: block for other, block in reached.data.items() if other != name}
+    found = PMat.pool([reached, unreached][::order]).data[name]
+    weight = reached.n_examples / (reached.n_examples + 6)
+    close(found.to_torch(), weight**power * reached.data[name].to_torch())

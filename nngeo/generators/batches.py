@@ -190,6 +190,10 @@ class Batch:
         return named[mask].bool()
 
 
+class NoBatches(ValueError):
+    """A source of examples is empty."""
+
+
 class Examples:
     """Batches that can be iterated again, with the number of examples if it is known beforehand.
 
@@ -244,7 +248,7 @@ class Examples:
                 raise ValueError("A batch holds no examples (its first tensor has length 0); leave it out.")
             yield batch
         if empty:
-            raise ValueError("`loader` gave no batches: it is empty, or an iterator that was used up before.")
+            raise NoBatches("`loader` gave no batches: it is empty, or an iterator that was used up before.")
 
 
 def _is_batch(source: Any) -> bool:

@@ -38,34 +38,6 @@ def recomposed(values: Tensor, vectors: Tensor | None) -> Tensor:
     return values if vectors is None else (vectors * values[:, None]) @ vectors.mT
 
 
-def kronecker_sum(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Factors (a, g) of the Kronecker product whose partial traces are those of the sum of two products.
-
-    Exact where the products are multiples of each other, or share a factor up to a multiple; the trace is always.
-    Associative. Where the trace is zero, as in a difference, so is the result.
-    """
-    a, g = [first[0], second[0]], [first[1], second[1]]
-    if a[0].ndim != a[1].ndim:
-        a = [x.diag_embed() if x.ndim == 2 else x for x in a]
-    ta, tg = [_trace(x) for x in a], [_trace(x) for x in g]
-    total = ta[0] * tg[0] + ta[1] * tg[1]
-    size = tg[0].abs() + tg[1].abs()  # which keeps the scale of the factors: F + F has the factors of F, g twice
-    safe = [x.masked_fill(x == 0, 1.0) for x in (size, total)]
-    ratio = (size / safe[1]).masked_fill(total == 0, 0.0)
-    by_a = [_by_group(x, t / safe[0]) for x, t in zip(a, tg, strict=True)]
-    by_g = [_by_group(x, t * ratio) for x, t in zip(g, ta, strict=True)]
-    return by_a[0] + by_a[1], by_g[0] + by_g[1]
-
-
-def _trace(moment: Tensor) -> Tensor:
-    """(n,)."""
-    return moment.sum(-1) if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2).sum(-1)
-
-
-def _by_group(moment: Tensor, factor: Tensor) -> Tensor:
-    return moment * factor.reshape(-1, *[1] * (moment.ndim - 1))
-
-
 @dataclass(frozen=True)
 class KroneckerBasis:
     """The orthogonal map `M -> ug' M ua` of matrices (..., n, o, i). `ua` is None for the identity."""

@@ -176,8 +176,9 @@ class KroneckerEigenBlock(Block):
             return self._of_moments(self.view, a, g)
         if not self.same_basis(other):
             raise NotImplementedError(
-                "Updated scalings in two eigenbases do not pool: no eigenbasis is known in which to add them. Pool the "
-                "matrices before `update_diag`, or call `F.update(examples)`, which stays in the eigenbasis of F."
+                "Updated scalings in two eigenbases do not pool: no eigenbasis is known in which to add them. Estimate "
+                "with update_diag=False, pool, and then call `update_diag(examples)`; or call `F.update(examples)`, "
+                "which stays in the eigenbasis of F."
             )
         return self._rescaled(weight * self.scalings + other_weight * other.scalings)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.cache import version
-from nngeo.linalg.kronecker import KroneckerBasis, eigenbasis, kronecker_sum, outer, times
+from nngeo.linalg.kronecker import KroneckerBasis, eigenbasis, outer, times
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
@@ -121,10 +121,20 @@ class KroneckerBlock(Block):
         return KroneckerBlock(self.a, factor * self.g, self.view)
 
     def added(self, other: KroneckerBlock) -> KroneckerBlock:
-        """The Kronecker product with the partial traces of the sum, which is none: see `kronecker_sum`."""
+        """Exact where the two share a factor, or one of them is zero; a sum of other Kronecker products is none."""
         if self.view != other.view:
             return nonzero(self, other)
-        return KroneckerBlock(*kronecker_sum((self.a, self.g), (other.a, other.g)), self.view)
+        if torch.equal(self.a, other.a):
+            return KroneckerBlock(self.a, self.g + other.g, self.view)
+        if torch.equal(self.g, other.g):
+            return KroneckerBlock(self.a + other.a, self.g, self.view)
+        for block, term in ((self, other), (other, self)):
+            if not bool(block.diag().any()):
+                return term
+        raise NotImplementedError(
+            "A sum of Kronecker products is not one. Keep both terms by `F.add(G, exact=True)` (a difference by "
+            "`F.add(-1.0 * G, exact=True)`), pool their examples by `F.pooled(G)`, or apply both: `F.mv(v) + G.mv(v)`."
+        )
 
     def empty(self) -> KroneckerBlock:
         return KroneckerBlock(torch.zeros_like(self.a), torch.zeros_like(self.g), self.view)

@@ -54,6 +54,7 @@ class PMatMixed(EigenbasisPMat):
         map_layers_to: {layer name or module type: representation}. A name goes before a type, an earlier type before
             a later one; a type stands for its subclasses, too.
         weight_sharing: as for PMatKFAC.
+        update_diag: whether PMatEKFAC's scalings are exact, for which the examples are read twice.
 
     >>> import torch
     >>> from nngeo.generators import JacobianGenerator
@@ -82,12 +83,15 @@ class PMatMixed(EigenbasisPMat):
         default_representation: Representation | None = None,
         map_layers_to: Mapped | None = None,
         weight_sharing: Sharing = "expand",
+        update_diag: bool = True,
     ):
         self.default_representation, self.map_layers_to = default_representation, dict(map_layers_to or {})
         for representation in [default_representation, *self.map_layers_to.values()]:
             if representation is not None:
                 _check_representation(representation)
-        super().__init__(layer_collection, generator, data, examples, weight_sharing=weight_sharing)
+        super().__init__(
+            layer_collection, generator, data, examples, weight_sharing=weight_sharing, update_diag=update_diag
+        )
 
     @classmethod
     def from_mapping(
@@ -118,6 +122,10 @@ class PMatMixed(EigenbasisPMat):
                 there = ", ".join(f"{name!r} ({layer.kind})" for name, layer in self.layer_collection.layers.items())
                 raise ValueError(f"`map_layers_to` names {key!r}, which no layer is; there are {there}.")
         return super()._estimate(examples)
+
+    def _has_scalings(self) -> bool:
+        chosen = (self.default_representation, *self.map_layers_to.values())
+        return any(kind is not None and kind.block_type is KroneckerEigenBlock for kind in chosen)
 
     def block_type_for(self, layer: Layer, view: MatrixView | None) -> type[Block]:
         """The block of the representation that the layer is mapped to."""

@@ -18,7 +18,7 @@ class Pooling(SpectralAlgebra):
     def update(self, examples: Any) -> Self:
         """Let further examples join, in place: what an estimate from all of them would be, to rounding. Returns itself.
 
-        Costs an estimate from the new examples. The eigenbasis of an EKFAC whose scalings were updated stays, and the
+        Costs an estimate from the new examples. The eigenbasis of an EKFAC with exact scalings stays, and the
         scalings become the mean over all examples. A Hessian of a sum of losses becomes the sum over all.
         """
         new = self._estimated(examples)
@@ -37,7 +37,7 @@ class Pooling(SpectralAlgebra):
         """`(n F + m G) / (n + m)` for matrices of n and of m examples: what all of the examples together would give.
 
         Exact to rounding for every representation that is estimated by sums. Kronecker factors are pooled each on its
-        own. EKFAC pools as long as the scalings are those of the factors; updated ones only in the same eigenbasis.
+        own. Of EKFAC, estimates with update_diag=False pool, and exact scalings only in the same eigenbasis.
 
         Raises:
             ValueError: a matrix without a count, over other layers.
@@ -53,11 +53,10 @@ class Pooling(SpectralAlgebra):
         return reduce(lambda first, second: first.pooled(second), matrices)
 
     def add(self, other: Self, *, exact: bool = False) -> Any:
-        """The sum of two matrices: `F + G`, or the sum to rounding where that is an approximation or not defined.
+        """The sum of two matrices: `F + G` or, with `exact`, the sum where `F + G` is refused, too.
 
-        A sum of Kronecker products is not one. `F + G` of PMatKFAC is the Kronecker product with the same partial
-        traces as the sum (so that `F + F` is `2 * F`, and traces add); with `exact` both terms are kept: products cost
-        twice as much, and `solve`, `inv` and what needs eigenvalues forms dense blocks.
+        A sum of Kronecker products is not one, unless they share a factor or an eigenbasis. With `exact` both terms are
+        kept: products cost twice as much, and `solve`, `inv` and what needs eigenvalues forms dense blocks.
         """
         return self._added_exactly(other) if exact else self + other
 

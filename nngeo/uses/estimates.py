@@ -1,4 +1,4 @@
-"""The Fisher matrix that a use works with: exact or by draws, EKFAC with exact scalings."""
+"""The Fisher matrix that a use works with: exact or by draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from nngeo.factories import FIM, FIM_MonteCarlo
 from nngeo.generators import Examples
-from nngeo.representations import PMat, PMatEKFAC, PMatEKFACBlockDiag
+from nngeo.representations import PMat
 
 
 def fisher(
@@ -20,8 +20,6 @@ def fisher(
         F = FIM(model, examples, representation, variant, **options)
     else:
         F = FIM_MonteCarlo(model, examples, representation, variant, trials, **options)
-    if isinstance(F, PMatEKFAC | PMatEKFACBlockDiag) and not F.updated:
-        F.update_diag(examples)
     if F.n_examples is None:
         F.n_examples = sum(batch.size for batch in examples)
     return F

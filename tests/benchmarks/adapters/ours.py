@@ -17,14 +17,16 @@ from tests.benchmarks.networks import Problem
 VERSION = nngeo.__version__
 
 
-def _fim(problem: Problem, representation: type[PMat], layers: LayerCollection | None = None) -> Any:
-    return nngeo.FIM(problem.model, problem.batches, representation, variant=problem.variant, layer_collection=layers)
+def _fim(problem: Problem, representation: type[PMat], layers: LayerCollection | None = None, **options: Any) -> Any:
+    options |= {"variant": problem.variant, "layer_collection": layers}
+    return nngeo.FIM(problem.model, problem.batches, representation, **options)
 
 
-def _monte_carlo(problem: Problem, representation: type[PMat], layers: LayerCollection | None = None) -> Any:
-    return nngeo.FIM_MonteCarlo(
-        problem.model, problem.batches, representation, variant=problem.variant, layer_collection=layers
-    )
+def _monte_carlo(
+    problem: Problem, representation: type[PMat], layers: LayerCollection | None = None, **options: Any
+) -> Any:
+    options |= {"variant": problem.variant, "layer_collection": layers}
+    return nngeo.FIM_MonteCarlo(problem.model, problem.batches, representation, **options)
 
 
 def _linear_maps(problem: Problem) -> LayerCollection | None:
@@ -34,7 +36,7 @@ def _linear_maps(problem: Problem) -> LayerCollection | None:
 
 def _updated(make: Callable[..., Any]) -> Callable[[Problem], Callable[[], Any]]:
     def prepare(problem: Problem) -> Callable[[], Any]:
-        matrix = make(problem, PMatEKFAC, _linear_maps(problem))
+        matrix = make(problem, PMatEKFAC, _linear_maps(problem), update_diag=False)
 
         def update() -> Any:
             matrix.update_diag(problem.batches)
