@@ -238,7 +238,7 @@ def _some(kept: Tensor) -> Tensor:
 
 def _probe(like: Tensor, size: int) -> Tensor:
     """(size, 1), a vector without a pattern, the same each time, of length one."""
-    z = (torch.arange(1, size + 1, dtype=torch.float64) ** 2).sin()
+    z = (torch.arange(1, size + 1, dtype=torch.float64, device="cpu") ** 2).sin()
     return (z / z.norm()).to(like)[:, None]
 
 
