@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from nngeo.descent import aggregation as a
+from nngeo.descent import linalg
 from tests.aggregators import EVERY, build, matrix
 
 J = "normal 5x8 rank 5"
@@ -159,6 +160,43 @@ def test_repr_shows_every_argument(name):
     assert repr(build(name, 2)) == REPRS[name]
 
 
+STRINGS = {
+    "mean": "Mean",
+    "random": "Random",
+    "constant": "Constant([0.2, 0.9])",
+    "upgrad": "UPGrad",
+    "upgrad_preference": "UPGrad([0.2, 0.9])",
+    "dualproj_preference": "DualProj([0.2, 0.9])",
+    "mgda": "MGDA",
+    "aligned_mtl_preference": "AlignedMTL([0.2, 0.9])",
+    "config_preference": "ConFIG([0.2, 0.9])",
+    "graddrop": "GradDrop",
+    "graddrop_leak": "GradDrop([0.2, 0.9])",
+    "cagrad_half": "CAGrad0.5",
+    "cagrad": "CAGrad1",
+    "krum": "Krum0-1",
+    "trimmed_mean": "TM0",
+    "fairgrad": "1.0-FairGrad",
+    "nash_mtl": "NashMTL",
+    "pcd": "PCD",
+}
+
+
+@pytest.mark.parametrize("name", STRINGS)
+def test_str_is_short(name):
+    assert str(build(name, 2)) == STRINGS[name]
+
+
+@pytest.mark.parametrize("name", STRINGS)
+def test_str_is_that_of_torchjd(name):
+    torchjd = pytest.importorskip("torchjd.aggregation", reason="needs torchjd")
+    assert str(build(name, 2)) == str(build(name, 2, torchjd))
+
+
+def test_strs_of_compositions_show_their_parts():
+    assert str(a.UPGrad(torch.tensor([0.25, 1.0])) << torch.abs) == "UPGrad([0.25, 1.]) << abs"
+
+
 def test_reprs_of_compositions_show_their_parts():
     assert repr(a.MeanWeighting() << torch.abs) == "MeanWeighting() << abs"
     assert repr(a.Mean() << torch.abs) == "Mean() << abs"
@@ -265,11 +303,102 @@ def test_matrices_with_too_few_rows_are_refused(name):
         build(name, 5)(matrix(J)[:2])
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3), (0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3), (3,)], ids=str)
 @pytest.mark.parametrize("name", EVERY)
 def test_only_matrices_are_aggregated(name, shape):
     with pytest.raises(ValueError, match=re.escape(f"found the shape {shape}")):
         build(name, 5)(torch.ones(shape))
+
+
+FIXED_ROWS = ("krum", "trimmed_mean", "nash_mtl")
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith(FIXED_ROWS)])
+def test_no_rows_give_zero(name):
+    assert torch.equal(build(name, 0)(torch.ones(0, 3)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name.startswith(FIXED_ROWS)])
+def test_no_rows_are_too_few_for_a_number_of_rows(name):
+    with pytest.raises(ValueError, match="rows"):
+        build(name, 5)(torch.ones(0, 3))
+
+
+def some_weighting(statistic: type) -> type[a.Weighting]:
+    class Some(a.Weighting[statistic]):
+        def forward(self, matrix: Tensor, /) -> Tensor:
+            return matrix.new_ones(len(matrix))
+
+    return Some
+
+
+@pytest.mark.parametrize("statistic", [linalg.Matrix, linalg.PSDMatrix])
+def test_weightings_are_declared_for_a_kind_of_matrix(statistic):
+    j = matrix(J)
+    assert_close(a.WeightedAggregator(some_weighting(statistic)())(j), j.sum(0))
+
+
+class Doubled(linalg.DualConeProjector):
+    """Of its own, by the one method that TorchJD has."""
+
+    def __call__(self, U: Tensor, G: Tensor) -> Tensor:
+        return 2 * U
+
+
+@pytest.mark.parametrize("kind", [a.UPGrad, a.DualProj])
+def test_projectors_are_written_as_one_call(kind):
+    assert_close(kind(projector=Doubled())(matrix(J)), 2 * matrix(J).mean(0))
+
+
+def test_a_projector_without_a_method_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        linalg.DualConeProjector()
+
+
+@pytest.mark.parametrize("given", [[[1.0, 2.0]], 3, None], ids=str)
+@pytest.mark.parametrize("name", EVERY)
+def test_only_tensors_are_aggregated(name, given):
+    with pytest.raises(TypeError, match=f"matrix should be a tensor, found {type(given).__name__}"):
+        build(name, 5)(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_only_real_floating_point_numbers_are_aggregated(dtype):
+    with pytest.raises(TypeError, match=f"matrix should have real floating-point numbers, found {dtype}"):
+        a.UPGrad()(torch.ones(2, 2, dtype=dtype))
+    with pytest.raises(TypeError, match=f"gramian should have real floating-point numbers, found {dtype}"):
+        a.UPGradWeighting()(torch.ones(2, 2, dtype=dtype))
+
+
+CLASSES = {
+    "a weighting": (lambda: a.WeightedAggregator(a.MeanWeighting), "make one of it, MeanWeighting()"),
+    "a smoothed weighting": (lambda: a.CRMOGM(a.UPGradWeighting), "make one of it, UPGradWeighting()"),
+    "a projector": (lambda: a.UPGrad(projector=a.PivotingProjector), "make one of it, PivotingProjector()"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_a_class_where_an_object_belongs_is_named(case):
+    call, words = CLASSES[case]
+    with pytest.raises(TypeError, match=re.escape(words)):
+        call()
+
+
+@pytest.mark.parametrize("given", ["U", "G"])
+def test_projectors_take_tensors(given):
+    arguments = {"U": torch.ones(2), "G": torch.eye(2), given: [[1.0]]}
+    with pytest.raises(TypeError, match=f"{given} should be a Tensor, found list"):
+        a.PivotingProjector()(**arguments)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_autocast_does_not_lower_the_precision(name):
+    j = matrix(J, dtype=torch.float32)
+    torch.manual_seed(0)
+    expected = build(name, 5)(j)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(build(name, 5)(j), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")], ids=str)

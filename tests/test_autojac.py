@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from nngeo.descent import autojac
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
-from nngeo.descent.aggregation.mean import Mean
+from nngeo.descent.aggregation.mean import Mean, MeanWeighting
 from tests.cases import CASES, Case
 from tests.reference import outputs
 
@@ -593,10 +593,34 @@ ERRORS: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = 
         ValueError,
         r"jac_tensors\[1\] has 3 rows and jac_tensors\[0\] has 2",
     ),
+    "chunk of a fraction": (
+        lambda m: autojac.backward(W.sum(), parallel_chunk_size=1.5),
+        TypeError,
+        "parallel_chunk_size should be None .* found 1.5",
+    ),
+    "chunk of a word": (lambda m: autojac.backward(W.sum(), parallel_chunk_size="2"), TypeError, "found '2'"),
+    "a class": (lambda m: autojac.jac_to_grad(W, Mean), TypeError, r"aggregator is the class Mean; .*: Mean\(\)"),
+    "a weighting": (
+        lambda m: autojac.jac_to_grad(W, MeanWeighting()),
+        TypeError,
+        r"weighting MeanWeighting; .* Mean\(\)",
+    ),
+    "no aggregator": (lambda m: autojac.jac_to_grad(W, None), TypeError, "aggregator should be an aggregator"),
+    "parameters of one task": (
+        lambda m: autojac.mtl_backward([W.sum()], [W * 1], tasks_params=m),
+        TypeError,
+        "tasks_params should be a list with the parameters of every task, found Sequential",
+    ),
     "nothing to combine": (lambda m: autojac.jac_to_grad([], Mean()), ValueError, "tensors is empty"),
     "no jac": (lambda m: autojac.jac_to_grad(m.parameters(), Mean()), ValueError, r"tensors\[0\].*has no .jac"),
     "features are leaves": (lambda m: autojac.mtl_backward([W.sum()], [W]), ValueError, r"features\[0\] is a leaf"),
 }
+
+
+def test_no_inputs_have_no_jacobians():
+    assert autojac.jac(W.sum(), []) == ()
+    autojac.backward(W.sum(), inputs=[])
+    assert not hasattr(W, "jac")
 
 
 @pytest.mark.parametrize("name", ERRORS)

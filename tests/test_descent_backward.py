@@ -302,6 +302,24 @@ def test_losses_that_are_not_finite_leave_everything(model):
         ),
         (lambda m, A: torchjd.backward(losses_of(m), [], A), ValueError, "inputs is empty"),
         (lambda m, A: torchjd.backward(losses_of(m), m.parameters(), "UPGrad"), TypeError, "A should be an aggregator"),
+        (
+            lambda m, A: torchjd.backward(losses_of(m), m.parameters(), Mean),
+            TypeError,
+            r"A is the class Mean; .* Mean\(\)",
+        ),
+        (lambda m, A: torchjd.backward(losses_of(m), Mean), TypeError, r"A is the class Mean; .* Mean\(\)"),
+        (lambda m, A: torchjd.backward(losses_of(m), aggregator=Mean), TypeError, "aggregator is the class Mean"),
+        (
+            lambda m, A: torchjd.backward(losses_of(m), lambda j: [1.0]),
+            TypeError,
+            "inputs should be a tensor or several",
+        ),
+        (lambda m, A: torchjd.backward(losses_of(m), A=lambda j: [1.0]), TypeError, "returned list; it should return"),
+        (
+            lambda m, A: torchjd.mtl_backward(losses_of(m).sum(), m[0].weight * 1, Mean),
+            TypeError,
+            "A is the class Mean",
+        ),
         (lambda m, A: torchjd.backward(losses_of(m), A, aggregator=A), TypeError, "the same argument"),
         (lambda m, A: torchjd.backward([], m.parameters(), A), ValueError, "tensors is empty"),
         (lambda m, A: torchjd.backward(losses_of(m), m.parameters(), A, False, 0), ValueError, "parallel_chunk_size"),
@@ -317,6 +335,26 @@ def test_losses_that_are_not_finite_leave_everything(model):
 def test_an_error_names_the_argument(model, call, kind, message):
     with pytest.raises(kind, match=message):
         call(model, Mean())
+
+
+@pytest.mark.parametrize("form", ["tensor", "list"])
+def test_one_loss_is_said_to_leave_nothing_to_aggregate(model, form):
+    loss = losses_of(model).mean()
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    with pytest.warns(UserWarning, match='one loss.*reduction="none"'):
+        torchjd.backward(loss if form == "tensor" else [loss], model.parameters(), Mean())
+    assert_close([p.grad for p in model.parameters()], list(expected))
+
+
+@pytest.mark.parametrize("m", [3, 12])
+def test_autocast_changes_nothing(model, m):
+    losses = losses_of(model, m).float()
+    expected = torchjd.backward(losses, model.parameters(), GramianWeightedAggregator(Ranked()), True)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torchjd.backward(losses, model.parameters(), GramianWeightedAggregator(Ranked()))
+    assert_close((found, [p.grad for p in model.parameters()]), (expected, gradients), rtol=0, atol=0)
 
 
 def test_frozen_parameters_are_named_with_the_fix(model):

@@ -344,6 +344,8 @@ def test_arguments_are_checked():
     with pytest.raises(TypeError, match="found list"):
         Engine([nn.Linear(2, 2)], batch_dim=0)
     model = mlp(3, 2)
+    with pytest.raises(TypeError, match="batch_dim should be an axis of the losses, or None, found '0'"):
+        Engine(model, batch_dim="0")
     engine, found = Engine(model, batch_dim=0), model(torch.randn(4, 3).double())
     with pytest.raises(TypeError, match="losses is a list"):
         engine.compute_gramian([found])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from nngeo.descent.aggregation import Constant, ExcessMTL, ExcessMTLWeighting, GradDrop, Mean, Sum
+from nngeo.descent.aggregation import Constant, ExcessMTL, ExcessMTLWeighting, GradDrop, Mean, MeanWeighting, Sum
 from nngeo.descent.aggregation.base import Aggregator, GramianWeightedAggregator, GramianWeighting
 from nngeo.descent.autogram import Engine
 from tests import reference
@@ -171,6 +171,30 @@ def test_what_is_no_weighting_of_gramians_is_refused():
     with pytest.raises(ValueError, match="should give 5 weights for a Gramian of that size, found \\(4,\\)"):
         engine.step(found, lambda gramian: weights(4), retain_graph=True)
     assert all(p.grad is None for p in model.parameters())
+
+
+WRONG = {
+    "a class": ({"weighting": MeanWeighting}, r"the class MeanWeighting; make one of it, MeanWeighting\(\)"),
+    "a list": ({"weighting": [0.5, 0.5]}, "should be a weighting, such as UPGradWeighting.*found list"),
+    "others that are numbers": ({"others": [1.0]}, r"others\[0\] should be a tensor, found float"),
+    "a block of a word": ({"block": "2"}, "block should be a number of rows, or None, found '2'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_of_a_step_are_checked(case):
+    options, words = WRONG[case]
+    model = nn.Linear(3, 2)
+    losses = model(torch.randn(5, 3)).square().sum(1)
+    with pytest.raises(TypeError, match=words):
+        Engine(model, batch_dim=0).step(losses, **{"weighting": MeanWeighting(), **options})
+
+
+def test_one_tensor_is_taken_for_others():
+    model, scale = nn.Linear(3, 2), torch.ones(5, requires_grad=True)
+    losses = model(torch.randn(5, 3)).square().sum(1)
+    Engine(model, batch_dim=0).step(losses * scale, MeanWeighting(), others=scale)
+    assert_close(scale.grad, losses.detach() / 5)
 
 
 @pytest.mark.parametrize("weighting", [ExcessMTL(), ExcessMTLWeighting(), GradDrop()], ids=lambda w: type(w).__name__)

@@ -11,15 +11,17 @@ from nngeo.descent.aggregation.base import Aggregator
 from nngeo.descent.autojac import arguments, onepass
 from nngeo.descent.autojac import backward as accumulate_jacobians
 from nngeo.descent.autojac.arguments import Aggregation
-from nngeo.descent.autojac.combine import Combination, as_of, combine, ignores_values, weights_from_gramian
+from nngeo.descent.autojac.combine import Combination, as_of, combine, ignores_values, precision, weights_from_gramian
 from nngeo.descent.autojac.fields import accumulate_grads
 from nngeo.descent.autojac.graph import leaves
 from nngeo.descent.autojac.rows import Rows, jacobians, vectorized, vectorizes, weighted_sum
+from nngeo.linalg.precision import full_precision
 
 # Up to this many rows their Jacobian is kept, to be combined; above, another backward pass takes less memory.
 KEPT_ROWS = 8
 
 
+@full_precision
 def backward(
     tensors: Sequence[Tensor] | Tensor,
     inputs: Iterable[Tensor] | Tensor | None = None,
@@ -61,7 +63,7 @@ def backward(
     >>> w.grad
     tensor([1.5000, 1.0000])
     """
-    if isinstance(inputs, Aggregator):
+    if isinstance(inputs, Aggregator) or (isinstance(inputs, type) and issubclass(inputs, Aggregator)):
         inputs, A = A, inputs  # type: ignore[assignment]
     combination = arguments.one_aggregator(A, aggregator)
     if combination is None:
@@ -77,6 +79,10 @@ def backward(
     of = arguments.differentiated("tensors", tensors)
     rows = Rows(of, arguments.cotangents("jac_tensors", jac_tensors, "tensors", of))
     by = leaves(of) if inputs is None else arguments.receivers("inputs", inputs)
+    if not by:
+        raise ValueError("inputs is empty, so that there is nothing to aggregate.")
+    if jac_tensors is None:
+        arguments.warn_of_one_loss(of)
     found = _combined(rows, by, combination, chunk, retain_graph)
     accumulate_grads(by, found.gradients)
     return found.weights
@@ -89,7 +95,7 @@ def _combined(
     weigh = weights_from_gramian(aggregator)
     m = len(rows)
     if weigh is not None and ignores_values(aggregator):
-        weights = weigh(rows.tensors[0].new_empty(m, 0))
+        weights = weigh(torch.empty(m, 0, dtype=precision(inputs[0]), device=rows.tensors[0].device))
         return Combination(weighted_sum(rows, inputs, weights, retain_graph), as_of(inputs[0], weights))
     if weigh is not None and (chunk or m) >= m > KEPT_ROWS and vectorizes(rows, inputs):
         with vectorized():

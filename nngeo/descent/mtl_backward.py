@@ -12,8 +12,10 @@ from nngeo.descent.autojac.arguments import Aggregation
 from nngeo.descent.autojac.combine import combine
 from nngeo.descent.autojac.fields import accumulate_grads
 from nngeo.descent.autojac.multitask import multitask
+from nngeo.linalg.precision import full_precision
 
 
+@full_precision
 def mtl_backward(
     tensors: Sequence[Tensor] | Tensor,
     features: Sequence[Tensor] | Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
-from nngeo.descent.aggregation.options import one_of, rows_or, vector
+from nngeo.descent.aggregation.options import named, one_of, rows_or, vector
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.gramian import rounding
 
@@ -51,3 +51,6 @@ class AlignedMTL(GramianWeightedAggregator, of=AlignedMTLWeighting):
     >>> AlignedMTL()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.2133, 0.9673, 0.9673])
     """
+
+    def __str__(self) -> str:
+        return named(self, self.pref_vector)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nngeo.descent.aggregation.options import Delegated, check_finite, describe
+from nngeo.descent.aggregation.options import Delegated, check_finite, describe, instance
 from nngeo.descent.aggregation.stateful import Stateful, reset
 from nngeo.linalg.gramian import row_gramian
+from nngeo.linalg.precision import full_precision
 
 Transform = Callable[[Tensor], Tensor]
+Statistic = TypeVar("Statistic", bound=Tensor, contravariant=True)
 
 
-class Weighting(nn.Module):
+class Weighting(nn.Module, Generic[Statistic]):
     """Weights (m,) from a statistic with m rows: `forward(statistic)`.
 
     Without a graph where the class says `differentiable = False`. `W << f` is the weighting that looks at
@@ -30,6 +32,7 @@ class Weighting(nn.Module):
     def __init__(self) -> None:  # no arguments, where a subclass does not say so
         super().__init__()
 
+    @full_precision
     def __call__(self, statistic: Tensor, /) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             return super().__call__(statistic)
@@ -42,7 +45,7 @@ class Weighting(nn.Module):
 
 
 class RowWeighting(Weighting):
-    """Weights (m,) from any matrix with m rows, a Jacobian or its Gramian: `weights(matrix)`."""
+    """Weights (m,) from any matrix with m rows, a Jacobian or its Gramian: `weights(matrix)`, where there are rows."""
 
     @abstractmethod
     def weights(self, matrix: Tensor) -> Tensor:
@@ -50,26 +53,31 @@ class RowWeighting(Weighting):
 
     def forward(self, matrix: Tensor, /) -> Tensor:
         check_matrix(matrix)
-        return self.weights(matrix)
+        return self.weights(matrix) if len(matrix) else matrix.new_zeros(0)
 
 
 class GramianWeighting(Weighting):
-    """Weights (m,) from a Gramian (m, m): `weights(gramian)`. Of `J J'`, or of `J1 J2'` where a method says so."""
+    """Weights (m,) from a Gramian (m, m): `weights(gramian)`. Of `J J'`, or of `J1 J2'` where a method says so.
+
+    No rows have no weights, but for a method that `needs_rows`.
+    """
 
     differentiable = False
+    needs_rows: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self, gramian: Tensor) -> Tensor:
         """Weights (m,) from a finite matrix (m, m)."""
 
     def forward(self, gramian: Tensor, /) -> Tensor:
-        if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
+        check_real("gramian", gramian)
+        if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1]:
             raise ValueError(
                 f"gramian should be a square matrix (m, m), found the shape {tuple(gramian.shape)}. "
                 "The aggregator of the same name takes a Jacobian (m, n)."
             )
         check_finite("gramian", gramian)
-        return self.weights(gramian)
+        return self.weights(gramian) if len(gramian) or self.needs_rows else gramian.new_zeros(0)
 
 
 class ComposedWeighting(Weighting, Stateful):
@@ -105,6 +113,7 @@ class Aggregator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
+    @full_precision
     def __call__(self, matrix: Tensor, /) -> Tensor:
         check_matrix(matrix)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
@@ -115,6 +124,9 @@ class Aggregator(nn.Module):
 
     def __repr__(self) -> str:
         return describe(self)
+
+    def __str__(self) -> str:
+        return type(self).__name__
 
     if TYPE_CHECKING:  # the options of a weighting are attributes of its aggregator
 
@@ -142,6 +154,9 @@ class ComposedAggregator(Aggregator, Stateful):
 
     def __repr__(self) -> str:
         return f"{self.aggregator!r} << {_name(self.fn)}"
+
+    def __str__(self) -> str:
+        return f"{self.aggregator} << {_name(self.fn)}"
 
 
 class WeightedAggregator(Aggregator, Stateful):
@@ -209,8 +224,9 @@ class GramianWeightedAggregator(WeightedAggregator):
 
 
 def check_matrix(matrix: Tensor) -> None:
-    """Raises unless the matrix is a finite one (m, n) with at least one row."""
-    if matrix.dim() != 2 or len(matrix) == 0:
+    """Raise unless the matrix is a finite one (m, n) of real numbers."""
+    check_real("matrix", matrix)
+    if matrix.dim() != 2:
         shape = tuple(matrix.shape)
         raise ValueError(f"matrix should be a Jacobian (m, n) with a row for each objective, found the shape {shape}.")
     check_finite("matrix", matrix)
@@ -218,9 +234,16 @@ def check_matrix(matrix: Tensor) -> None:
 
 def the_weighting(weighting: Weighting) -> Weighting:
     """The argument, which has to be a Weighting."""
-    if not isinstance(weighting, Weighting):
-        raise TypeError(f"weighting should be a Weighting, found {type(weighting).__name__}.")
-    return weighting
+    return instance("weighting", weighting, Weighting)
+
+
+def check_real(name: str, matrix: Tensor) -> None:
+    """Raise unless something is a tensor of real floating-point numbers."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name} should be a tensor, found {type(matrix).__name__}.")
+    if not matrix.is_floating_point():
+        hint = " Take a complex number for two real ones: torch.view_as_real." if matrix.is_complex() else ""
+        raise TypeError(f"{name} should have real floating-point numbers, found {matrix.dtype}.{hint}")
 
 
 def _name(fn: Transform) -> str:

@@ -69,3 +69,6 @@ class CAGrad(GramianWeightedAggregator, of=CAGradWeighting):
     >>> CAGrad(c=0.5)(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.1835, 1.2041, 1.2041])
     """
+
+    def __str__(self) -> str:
+        return f"CAGrad{self.c:g}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
-from nngeo.descent.aggregation.options import rows_or, vector
+from nngeo.descent.aggregation.options import named, rows_or, vector
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.gramian import rounding
 
@@ -48,3 +48,6 @@ class ConFIG(GramianWeightedAggregator, of=ConFIGWeighting):
     >>> ConFIG()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.1588, 2.0706, 2.0706])
     """
+
+    def __str__(self) -> str:
+        return named(self, self.pref_vector)

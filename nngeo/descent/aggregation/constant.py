@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import WeightedAggregator, Weighting, check_matrix
-from nngeo.descent.aggregation.options import rows_or, vector
+from nngeo.descent.aggregation.options import named, rows_or, vector
 
 
 class ConstantWeighting(Weighting):
@@ -30,3 +30,6 @@ class Constant(WeightedAggregator, of=ConstantWeighting):
     >>> Constant(torch.tensor([1.0, 2.0]))(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([8., 3., 3.])
     """
+
+    def __str__(self) -> str:
+        return named(self, self.weights)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeighting
-from nngeo.descent.aggregation.options import Delegated, Option, vector
+from nngeo.descent.aggregation.options import Delegated, Option, instance, vector
 from nngeo.descent.aggregation.projectors import DualConeProjector, PivotingProjector
 
 
 def _projector(name: str, value: DualConeProjector | None) -> DualConeProjector:
-    if value is not None and not isinstance(value, DualConeProjector):
-        raise TypeError(f"{name} should be a DualConeProjector, found {type(value).__name__}.")
-    return value or PivotingProjector()
+    return PivotingProjector() if value is None else instance(name, value, DualConeProjector)
 
 
 class DualConeWeighting(GramianWeighting):

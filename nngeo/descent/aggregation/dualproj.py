@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator
 from nngeo.descent.aggregation.dualcone import DualConeWeighting
-from nngeo.descent.aggregation.options import rows_or
+from nngeo.descent.aggregation.options import named, rows_or
 
 
 class DualProjWeighting(DualConeWeighting):
@@ -25,3 +25,6 @@ class DualProj(GramianWeightedAggregator, of=DualProjWeighting):
     >>> DualProj()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.5563, 1.1109, 1.1109])
     """
+
+    def __str__(self) -> str:
+        return named(self, self.pref_vector)

@@ -48,3 +48,6 @@ class FairGrad(GramianWeightedAggregator, of=FairGradWeighting):
     >>> FairGrad(alpha=1.0)(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
     tensor([0.0766, 0.9985, 0.9985])
     """
+
+    def __str__(self) -> str:
+        return f"{self.alpha}-FairGrad"

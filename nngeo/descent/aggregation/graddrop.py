@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import Aggregator
-from nngeo.descent.aggregation.options import Option, rows_or, vector
+from nngeo.descent.aggregation.options import Option, named, rows_or, vector
 
 
 def identity(purity: Tensor) -> Tensor:
@@ -51,3 +51,6 @@ class GradDrop(Aggregator):
         u = torch.rand(purity.shape, dtype=matrix.dtype, device=matrix.device)
         kept = ((threshold > u) & (matrix > 0)) | ((threshold < u) & (matrix < 0))
         return ((leak + (1 - leak) * kept) * matrix).sum(0)
+
+    def __str__(self) -> str:
+        return named(self, self.leak)

@@ -18,6 +18,7 @@ class KrumWeighting(GramianWeighting):
     """
 
     differentiable = True
+    needs_rows = True
     n_byzantine = number(0, whole=True)
     n_selected = number(1, whole=True)
 
@@ -49,3 +50,6 @@ class Krum(GramianWeightedAggregator, of=KrumWeighting):
     >>> Krum(n_byzantine=1)(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [-9.0, 5.0]]))
     tensor([1.0000, 0.1000])
     """
+
+    def __str__(self) -> str:
+        return f"Krum{self.n_byzantine}-{self.n_selected}"

@@ -24,6 +24,7 @@ class NashMTLWeighting(Memory, GramianWeighting):
         optim_niter: largest number of Newton steps.
     """
 
+    needs_rows = True
     n_tasks = number(1, whole=True)
     max_norm = number(0)
     update_weights_every = number(1, whole=True)

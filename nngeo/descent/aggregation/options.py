@@ -59,6 +59,30 @@ def _shown(value: Any) -> str:
     return value.__name__ if inspect.isfunction(value) else repr(value)
 
 
+def instance(name: str, value: Any, kind: type) -> Any:
+    """The value, which has to be one of that kind."""
+    if isinstance(value, kind):
+        return value
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} should be {article} {kind.__name__}, found a class: make one of it, {value.__name__}()."
+        )
+    raise TypeError(f"{name} should be {article} {kind.__name__}, found {type(value).__name__}.")
+
+
+def short(vector: Tensor) -> str:
+    """ "[1., 0.5]" for a vector, two digits after the point; its shape for another tensor."""
+    if vector.dim() != 1:
+        return f"of shape {tuple(vector.shape)}"
+    return f"[{', '.join(f'{value:.2f}'.rstrip('0') for value in vector.tolist())}]"
+
+
+def named(module: object, vector: Tensor | None) -> str:
+    """ "Name" of the class, or "Name([1., 0.5])" where an option has been given."""
+    return type(module).__name__ + ("" if vector is None else f"({short(vector)})")
+
+
 def number(lowest: float = -math.inf, highest: float = math.inf, *, open_ends: str = "", whole: bool = False) -> Option:
     """A number in an interval; `open_ends` has "lowest" or "highest" in it where that end is excluded."""
     kind: Any

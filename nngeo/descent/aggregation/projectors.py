@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nngeo.descent.aggregation.options import Option, check_finite, describe, number
+from nngeo.descent.aggregation.options import Option, check_finite, describe, instance, number
 from nngeo.linalg.dualcone import dual_cone_weights, semidefinite_dual_cone_weights, symmetric
 
 
@@ -22,8 +23,13 @@ class DualConeProjector(ABC):
 
     From `G = J J'` (m, m): `w = argmin v'Gv over v >= u`.
 
-    A subclass writes `project(U, G)` for U (r, m).
+    A subclass writes `project(U, G)` for U (r, m), or the whole `__call__(U, G)` for U (..., m).
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls) and "project" not in vars(cls):
+            setattr(cls, "project", cls.__call__)  # noqa: B010 (for the type checker it is an assignment to a method)
 
     @abstractmethod
     def project(self, U: Tensor, G: Tensor) -> Tensor:
@@ -31,6 +37,8 @@ class DualConeProjector(ABC):
 
     @torch.no_grad()
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
+        for name, tensor in (("U", U), ("G", G)):
+            instance(name, tensor, Tensor)
         if G.dim() != 2 or G.shape[0] != G.shape[1]:
             raise ValueError(f"G should be a Gramian (m, m), found the shape {tuple(G.shape)}.")
         if U.dim() == 0 or U.shape[-1] != len(G):

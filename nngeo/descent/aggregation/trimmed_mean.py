@@ -29,3 +29,6 @@ class TrimmedMean(Aggregator):
         if m <= 2 * b:
             raise ValueError(f"TrimmedMean with trim_number={b} needs at least {2 * b + 1} rows, found {m}.")
         return matrix.sort(dim=0).values[b : m - b].mean(0)
+
+    def __str__(self) -> str:
+        return f"TM{self.trim_number}"

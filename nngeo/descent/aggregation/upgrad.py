@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeightedAggregator
 from nngeo.descent.aggregation.dualcone import DualConeWeighting
-from nngeo.descent.aggregation.options import rows_or
+from nngeo.descent.aggregation.options import named, rows_or
 
 
 class UPGradWeighting(DualConeWeighting):
@@ -33,3 +33,6 @@ class UPGrad(GramianWeightedAggregator, of=UPGradWeighting):
     >>> J @ UPGrad(strict=True)(J) >= 0  # exact: no loss gets worse
     tensor([True, True])
     """
+
+    def __str__(self) -> str:
+        return named(self, self.pref_vector)

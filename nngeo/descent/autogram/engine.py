@@ -17,6 +17,7 @@ from nngeo.descent.autogram.hooks import Watcher
 from nngeo.descent.autogram.objectives import Objectives
 from nngeo.descent.autogram.planner import Planner
 from nngeo.descent.autogram.pulled import Pulled
+from nngeo.descent.autojac import arguments
 from nngeo.generators.sources import candidates, uses_of
 from nngeo.layers.collection import LayerCollection
 
@@ -48,6 +49,8 @@ class Engine:
         if not modules or not all(isinstance(module, nn.Module) for module in modules):
             found = ", ".join(type(module).__name__ for module in modules) or "nothing"
             raise TypeError(f"Engine takes modules and batch_dim=, found {found}.")
+        if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, int)):
+            raise TypeError(f"batch_dim should be an axis of the losses, or None, found {batch_dim!r}.")
         self.modules, self.batch_dim = modules, batch_dim
         self._model = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
         self._watcher = Watcher()
@@ -107,7 +110,7 @@ class Engine:
             retain_graph: whether the graph is needed once more.
         """
         with torch.no_grad():
-            rows, rest = self._rows(losses, block), list(others)
+            rows, rest = self._rows(losses, block), arguments.wanted("others", others)
             single = len(rows.passes()) == 1
             later = rows.plan.without_factors() if single else list(rows.plan.layers.layers.values())
             retain = retain_graph or bool(later or rest) or not single
@@ -150,6 +153,8 @@ class Engine:
         self._handles += self._watcher.install(_hosts(self._model))
 
     def _rows(self, losses: Tensor, block: int | None) -> Rows:
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int)):
+            raise TypeError(f"block should be a number of rows, or None, found {block!r}.")
         if block is not None and block < 1:
             raise ValueError(f"block={block}: at least one row has to be held at a time.")
         objectives = Objectives.of(losses, self.batch_dim)
@@ -187,6 +192,11 @@ def _matrix(tensor: Tensor, left: Rows, right: Rows) -> Tensor:
 
 
 def _weights(weighting: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    if isinstance(weighting, type):
+        raise TypeError(f"`weighting` is the class {weighting.__name__}; make one of it, {weighting.__name__}().")
+    if not callable(weighting):
+        found = type(weighting).__name__
+        raise TypeError(f"`weighting` should be a weighting, such as UPGradWeighting(), found {found}.")
     w = _of_gramians(weighting)(matrix)
     if not isinstance(w, Tensor) or w.shape != matrix.shape[:1]:
         found = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__

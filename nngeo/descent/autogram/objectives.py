@@ -27,6 +27,8 @@ class Objectives:
             raise ValueError(
                 f"The losses {found}: their gradients are not defined. Compute them with gradients enabled."
             )
+        if losses.is_complex():
+            raise ValueError("The losses are complex, and can't be minimised: give real ones, such as their abs().")
         if batch_dim is None:
             return cls(losses, None, losses.numel(), 1)
         if not -losses.ndim <= batch_dim < losses.ndim:

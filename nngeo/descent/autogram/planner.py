@@ -112,6 +112,12 @@ class Planner:
             for layer in found
             if any(id(self.model.get_parameter(layer.full_name(x))) in graph.parameters for x in layer.shapes)
         ]
+        for layer in layers:
+            if any(self.model.get_parameter(layer.full_name(x)).is_complex() for x in layer.shapes):
+                raise NotImplementedError(
+                    f"Layer {layer.name!r} ({layer.kind}) has complex parameters, which the engine does not serve. Use "
+                    "nngeo.descent.backward, for which each is two real ones."
+                )
         if not layers:
             raise ValueError(
                 "The losses do not depend on any parameter of the engine's modules that requires a gradient."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
+
+from nngeo.descent.aggregation.base import Weighting
 
 # What turns a Jacobian (m, n) into a vector (n,): an Aggregator, or any function.
 Aggregation = Callable[[Tensor], Tensor]
@@ -44,8 +47,9 @@ def differentiated(name: str, given: Iterable[Tensor] | Tensor) -> list[Tensor]:
 
 
 def wanted(name: str, given: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    """The tensors to differentiate by."""
-    tensors = tensor_list(name, given, empty="was it a generator, such as model.parameters(), that was used up before?")
+    """The tensors to differentiate by; none is an answer, but not of a generator that was used up."""
+    used_up = "was it a generator, such as model.parameters(), that was used up before?"
+    tensors = tensor_list(name, given, empty=used_up if isinstance(given, Iterator) else None)
     for i, tensor in enumerate(tensors):
         if not tensor.requires_grad:
             raise ValueError(
@@ -102,6 +106,8 @@ def gradients_of(
     """Gradients with the shapes of the tensors; ones where the tensors are scalar and none are given."""
     if given is None:
         for i, tensor in enumerate(tensors):
+            if tensor.is_complex():
+                raise ValueError(f"{of}[{i}] is complex, and can't be minimised; give a real loss, such as its abs().")
             if tensor.dim() > 0:
                 raise ValueError(
                     f"{of}[{i}] has shape {tuple(tensor.shape)}, not (): give {name} with the same shapes, "
@@ -121,10 +127,11 @@ def gradients_of(
 
 def chunk_size(parallel_chunk_size: int | None) -> int | None:
     """The number of rows to differentiate together, None for all."""
-    if parallel_chunk_size is not None and parallel_chunk_size < 1:
-        raise ValueError(
+    whole = isinstance(parallel_chunk_size, int) and not isinstance(parallel_chunk_size, bool)
+    if parallel_chunk_size is not None and not (whole and parallel_chunk_size >= 1):
+        raise (ValueError if whole else TypeError)(
             "parallel_chunk_size should be None (all rows together) or a number of rows from 1, "
-            f"found {parallel_chunk_size}."
+            f"found {parallel_chunk_size!r}."
         )
     return parallel_chunk_size
 
@@ -133,10 +140,33 @@ def one_aggregator(A: Aggregation | None, aggregator: Aggregation | None) -> Agg
     """The aggregator given under one of its two names."""
     if A is not None and aggregator is not None:
         raise TypeError("A and aggregator are the same argument; give one of them.")
-    found = A if aggregator is None else aggregator
-    if found is not None and not callable(found):
-        raise TypeError(f"A should be an aggregator, such as UPGrad(), found {type(found).__name__}.")
+    name, found = ("A", A) if aggregator is None else ("aggregator", aggregator)
+    return None if found is None else an_aggregator(name, found)
+
+
+def an_aggregator(name: str, found: Aggregation) -> Aggregation:
+    """An aggregator, or any function of a Jacobian."""
+    if isinstance(found, type):
+        raise TypeError(f"{name} is the class {found.__name__}; give an aggregator: {found.__name__}().")
+    if isinstance(found, Weighting):
+        kind = type(found).__name__
+        raise TypeError(
+            f"{name} is the weighting {kind}; give an aggregator: {kind.removesuffix('Weighting')}(), or "
+            "GramianWeightedAggregator(weighting)."
+        )
+    if not callable(found):
+        raise TypeError(f"{name} should be an aggregator, such as UPGrad(), found {type(found).__name__}.")
     return found
+
+
+def warn_of_one_loss(tensors: Sequence[Tensor]) -> None:
+    """Say that one loss leaves nothing to aggregate."""
+    if len(tensors) == 1 and tensors[0].dim() == 0:
+        warnings.warn(
+            "There is one loss, so that every aggregator gives its gradient, or a multiple. For the losses of the "
+            'examples, compute them with reduction="none"; for several tasks, give a list of losses.',
+            stacklevel=3,
+        )
 
 
 def _same_length(name: str, found: Sequence[Tensor], of: str, tensors: Sequence[Tensor]) -> None:

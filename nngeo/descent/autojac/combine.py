@@ -35,6 +35,8 @@ def combine(jacobians: Sequence[Tensor], aggregator: Aggregation) -> Combination
         return Combination([torch.tensordot(weights.to(x), x, dims=1) for x in jacobians], as_of(jacobians[0], weights))
     joint = torch.cat([as_matrix(x).to(jacobians[0].device) for x in jacobians], 1)
     vector, found = _called(aggregator, joint)
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"The aggregator returned {type(vector).__name__}; it should return a tensor (n,).")
     if vector.shape != joint.shape[1:]:
         raise ValueError(
             f"The aggregator returned the shape {tuple(vector.shape)} for a matrix of shape {tuple(joint.shape)}; "
@@ -78,7 +80,12 @@ def products(jacobian: Tensor) -> Tensor:
 
 def as_of(tensor: Tensor, weights: Tensor) -> Tensor:
     """Weights in the precision of the rows by a tensor: not less than float32."""
-    return weights.to(torch.promote_types(tensor.dtype, torch.float32).to_real())
+    return weights.to(precision(tensor))
+
+
+def precision(tensor: Tensor) -> torch.dtype:
+    """That of the rows by a tensor: real, not less than float32."""
+    return torch.promote_types(tensor.dtype, torch.float32).to_real()
 
 
 def _blank(jacobian: Tensor) -> Tensor:
@@ -95,7 +102,8 @@ def as_matrix(jacobian: Tensor) -> Tensor:
 def _as_tensor(vector: Tensor, jacobian: Tensor) -> Tensor:
     """(p,) -> (*shape), of what a row is."""
     if jacobian.is_complex():
-        vector = torch.view_as_complex(vector.reshape(*jacobian.shape[1:], 2))
+        # Not view_as_complex: the part of a vector may begin at an odd place.
+        vector = torch.complex(*vector.reshape(*jacobian.shape[1:], 2).unbind(-1))
     # A clone: parts of one vector would share memory, and gradients are accumulated in place.
     return vector.reshape(jacobian.shape[1:]).to(jacobian, copy=True)
 

@@ -41,7 +41,10 @@ def jac_to_grad(
     >>> w.grad
     tensor([1.5000, 1.0000])
     """
+    arguments.an_aggregator("aggregator", aggregator)
     receivers = arguments.receivers("tensors", tensors)
+    if not receivers:
+        raise ValueError("tensors is empty, so that there is nothing to aggregate.")
     jacobians: list[Tensor] = []
     for i, tensor in enumerate(receivers):
         jacobian = jac_of(tensor)

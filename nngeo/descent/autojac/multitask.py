@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nngeo.descent.autojac import arguments
 from nngeo.descent.autojac.graph import below, edge, edges, leaves
@@ -69,6 +69,9 @@ def multitask(
     losses = arguments.differentiated("tensors", tensors)
     reached = arguments.differentiated("features", features)
     _check_features(reached)
+    if tasks_params is not None and (isinstance(tasks_params, (Tensor, nn.Module)) or not _is_iterable(tasks_params)):
+        found = type(tasks_params).__name__
+        raise TypeError(f"tasks_params should be a list with the parameters of every task, found {found}.")
     own = (
         [leaves([loss], reached) for loss in losses]
         if tasks_params is None
@@ -96,6 +99,10 @@ def multitask(
 def _receivers(name: str, params: Iterable[Tensor]) -> list[Tensor]:
     given = arguments.tensor_list(name, params)
     return arguments.receivers(name, given) if given else []
+
+
+def _is_iterable(given: object) -> bool:
+    return isinstance(given, Iterable)
 
 
 def _check_features(features: list[Tensor]) -> None:

@@ -55,6 +55,8 @@ def jacobians(
     layers of torch. The graph is freed with the last chunk.
     """
     m = len(rows)
+    if not inputs:
+        return []
     if create_graph:
         found = [_filled(plain_gradients(*_row(rows, i), inputs, create_graph=True), inputs) for i in range(m)]
         return [torch.stack(parts) for parts in zip(*found, strict=True)]
