@@ -29,6 +29,11 @@ class Generator(ABC):
         return next(self.model.parameters()).device
 
     @property
+    def described(self) -> str:
+        """What it estimates, for the headers of files."""
+        return type(self).__name__
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of results: the model's, or float32 for half precision."""
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())

@@ -45,6 +45,11 @@ class HessianGenerator(Generator):
         self._sweeps = Sweeps()
         self.backward, self.footprint = Backward(), Footprint()
 
+    @property
+    def described(self) -> str:
+        """The loss, and how it is summed."""
+        return f"Hessian of {getattr(self.loss, '__name__', type(self.loss).__name__)}, {self.reduction}"
+
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """H v, like v (..., P): for each mini-batch a gradient that all share, and about one more for each vector."""
         return self.products(v.reshape(-1, v.shape[-1]), examples, layer_collection)[0].reshape(v.shape)

@@ -58,6 +58,11 @@ class JacobianGenerator(Generator):
         self._sweeps = Sweeps()
         self._linearizers: dict[LayerCollection, Linearizer | None] = {}
 
+    @property
+    def described(self) -> str:
+        """The variant, and how its metric is estimated."""
+        return f"{self.estimator.variant.name}, {type(self.estimator).__name__}"
+
     def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
         """Records of mini-batches: small ones together; large ones in parts and, if need be, in chunks of cotangents.
 

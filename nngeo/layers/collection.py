@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nngeo.layers.fingerprint import fingerprint
 from nngeo.linalg.arguments import shown
 
 LayerChoice = str | type[nn.Module]
@@ -183,6 +184,10 @@ class LayerCollection:
             if module is not None:
                 modules[name] = module
         return modules
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """64 digits that are equal where the model's parameters of these layers are equal, bit by bit."""
+        return fingerprint(self.named_parameters(model))
 
     def covers(self, other: LayerCollection) -> bool:
         """Whether every layer of the other is here, with the same shapes."""

@@ -64,9 +64,9 @@ def choice(name: str, value: Any, known: Iterable[T]) -> T:
     known = list(known)
     found = [x for x in known if type(x) is type(value) and x == value]
     if not found:
-        raise ValueError(
-            f"Unknown {name} {value!r}; known are {', '.join(map(repr, known))}.{suggestion(value, known)}"
-        )
+        *first, last = map(repr, known)
+        names = f"{', '.join(first)} and {last}" if first else last
+        raise ValueError(f"Unknown {name}={value!r}; known are {names}.{suggestion(value, known)}")
     return found[0]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import tensor
 from nngeo.representations.coordinates import coordinates
 from nngeo.representations.estimate import check_kind
 from nngeo.representations.exchange import Exchange
@@ -76,7 +77,7 @@ class PMat(Pooling, Exchange):
 
     def _load(self, state: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> Any:
         """The data from `_state()`, with `to` applied to its tensors."""
-        return self._checked(to(entry(state, "data")))
+        return self._checked(to(tensor("data", entry(state, "data"), "as in `state_dict()`")))
 
     # Products
 
@@ -222,7 +223,7 @@ class PMat(Pooling, Exchange):
         new = object.__new__(kind)
         new.layer_collection, new.generator = layers_of(state), generator
         new.data = new._load(state, torch.clone)
-        new.n_examples = state["n_examples"]
+        new.n_examples, new._origin = state["n_examples"], state.get("origin")
         return new
 
     # Helpers

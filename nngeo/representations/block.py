@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
+from nngeo.linalg.arguments import shown, tensor
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.precision import FullPrecision
@@ -37,6 +38,7 @@ class Block(FullPrecision, ABC):
     Fields are tensors, and a MatrixView or None. What is derived from them is cached, and never part of the state.
     """
 
+    axes: ClassVar[dict[str, str]] = {}  # {field: letters of its axes}: n, o, i of the view, j = i - 1, or any other
     takes_dense: ClassVar[bool] = False  # whether there is a `from_dense`
     _cache: Cache = field(default_factory=Cache, init=False, repr=False)
 
@@ -186,8 +188,25 @@ class Block(FullPrecision, ABC):
 
     @classmethod
     def from_tensors(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `tensors`."""
-        return cls(**{name: MatrixView(*v) if isinstance(v, list) else v for name, v in values.items()})
+        """The inverse of `tensors`.
+
+        Raises:
+            ValueError, TypeError: a tensor has other axes than it should have, or is not of floating-point numbers.
+        """
+        views = {name: MatrixView(*v) for name, v in values.items() if isinstance(v, list)}
+        sizes = {letter: size for view in views.values() for letter, size in zip("noi", view.shape, strict=True)}
+        sizes |= {"j": sizes["i"] - 1} if sizes else {}
+        for name, forms in cls.axes.items():
+            x = values[name]
+            if x is not None and not any(_fits(tensor(name, x, forms).shape, form, sizes) for form in forms.split("|")):
+                raise ValueError(f"{name!r} is {shown(x)}, and should be ({forms}) with {sizes}")
+        return cls(**(dict(values) | views))
+
+
+def _fits(shape: Sequence[int], letters: str, sizes: Mapping[str, int]) -> bool:
+    """Whether axes with the same letter have the same size, that of the letter where it is known."""
+    found = dict(sizes)
+    return len(shape) == len(letters) and all(found.setdefault(x, n) == n for x, n in zip(letters, shape, strict=True))
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
+from nngeo.linalg.arguments import shown, tensor
 from nngeo.linalg.contraction import add_inner, moment
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum
@@ -27,6 +28,7 @@ class DenseBlock(Block):
     matrix: Tensor
 
     takes_dense = True
+    axes = {"matrix": "pp"}
 
     @staticmethod
     def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> tuple[Tensor]:
@@ -120,7 +122,15 @@ class PMatBlockDiag(LayerwisePMat):
     block_type = DenseBlock
 
     def _checked(self, data: Any) -> dict[str, Block]:
-        return super()._checked({n: DenseBlock(x) if isinstance(x, Tensor) else x for n, x in data.items()})
+        if not isinstance(data, Mapping):
+            raise TypeError(f"`data` should be a dict of tensors (p, p), {{layer name: tensor}}; it is {shown(data)}.")
+        return super()._checked({n: self._block(n, x) if isinstance(x, Tensor) else x for n, x in data.items()})
+
+    def _block(self, name: Any, x: Tensor) -> DenseBlock:
+        p = self.layer_collection[name].numel() if name in self.layer_collection else len(x)
+        if x.shape != (p, p):
+            raise ValueError(f"`data` of layer {name!r} should be ({p}, {p}), is {tuple(x.shape)}.")
+        return DenseBlock(tensor("data", x, "(p, p)"))
 
     def get_eigendecomposition(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Eigenvalues {layer: (p,)}, ascending, and eigenvectors in columns {layer: (p, p)}."""

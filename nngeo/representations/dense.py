@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from nngeo.linalg.arguments import tensor
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import SymmetricMatrix
@@ -41,6 +42,7 @@ class PMatDense(PMat):
         return data, n
 
     def _checked(self, data: Any) -> Tensor:
+        tensor("data", data, "(P, P)")
         if data.shape != self.size():
             raise ValueError(f"`data` should be {self.size()}, is {tuple(data.shape)}.")
         return data

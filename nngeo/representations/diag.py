@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
+from nngeo.linalg.arguments import tensor
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
@@ -26,6 +27,7 @@ class DiagBlock(Block):
     entries: Tensor
 
     takes_dense = True
+    axes = {"entries": "p"}
 
     @staticmethod
     def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> tuple[Tensor]:
@@ -86,6 +88,7 @@ class PMatDiag(LayerwisePMat):
 
     def _checked(self, data: Any) -> dict[str, Block]:
         if isinstance(data, Tensor):
+            tensor("data", data, "(P,)")
             if data.shape != (self.layer_collection.numel(),):
                 raise ValueError(f"`data` should be ({self.layer_collection.numel()},), is {tuple(data.shape)}.")
             data = {name: DiagBlock(part) for name, part in self.layer_collection.split(data).items()}

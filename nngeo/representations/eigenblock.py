@@ -63,6 +63,8 @@ class KroneckerEigenBlock(Block):
     da: Tensor | None = None
     dg: Tensor | None = None
 
+    axes = {"ug": "noo", "scalings": "noi", "ua": "nii", "da": "ni", "dg": "no"}
+
     @staticmethod
     def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> Moments:
         return moments(record, options["weight_sharing"], into)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nngeo.generators.batches import Examples, NoBatches
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.arguments import shown
 from nngeo.linalg.outer import Sharing
 from nngeo.representations.block import Block, Statistic, Sums
 from nngeo.representations.eigenblock import KroneckerEigenBlock
@@ -129,7 +130,9 @@ class EigenbasisPMat(FactoredPMat):
 
     def _load(self, state: Mapping[str, Any], to: Any) -> dict[str, Block]:
         data = super()._load(state, to)
-        self.updated = bool(state.get("updated"))
+        if not isinstance(updated := state.get("updated", False), bool):
+            raise ValueError(f"The state_dict is damaged: 'updated' is {shown(updated)}, not True or False.")
+        self.updated = updated
         return data
 
     def __repr__(self) -> str:

@@ -30,6 +30,7 @@ class Estimate(FullPrecision, ABC):
     n_examples: int | None = None  # seen by the estimate; None where there was none
     generator: Generator | None
     data: Any
+    _weights: tuple[int, ...] | None = None  # versions of the parameters at the estimate
 
     __array_ufunc__ = None  # `array + matrix` is an error, not an array of matrices
 
@@ -45,6 +46,7 @@ class Estimate(FullPrecision, ABC):
         self.layer_collection, self.generator = layer_collection, generator
         if data is None:
             self.data, self.n_examples = self._estimate(examples)
+            self._weights = self._versions_of_weights()
         else:
             self.data = self._checked(data)
 
@@ -88,6 +90,11 @@ class Estimate(FullPrecision, ABC):
             return generator.records(examples, self.layer_collection)
         except NotImplementedError:
             return None
+
+    def _versions_of_weights(self) -> tuple[int, ...]:
+        """What torch counts up when a parameter is changed in place."""
+        parameters = self.layer_collection.parameters(self._source().model)
+        return tuple(-1 if p.is_inference() else p._version for p in parameters)
 
     # Arithmetic
 
@@ -145,7 +152,7 @@ class Estimate(FullPrecision, ABC):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state = self.__dict__ | {"_weights": None}  # which are counted anew after a pickle
         try:
             state["generator"] = pickle.dumps(self.generator)
         except Exception:  # pickle raises anything at all: a model may hold locks, lambdas, open files

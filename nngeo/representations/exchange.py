@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
-from nngeo.representations.files import read, write
+from nngeo.representations.files import check_path, read, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,16 +23,37 @@ if TYPE_CHECKING:
 class Exchange:
     """What a PMat has in common with the world outside torch's models: a mixin of PMat."""
 
-    def save(self, path: str | Path) -> None:
-        """Save in safetensors, with a header that names class, layers, shapes, count and convention.
+    @property
+    def origin(self) -> Mapping[str, Any] | None:
+        """{"variant": what was estimated, "weights": the fingerprint of the parameters at which}; None if unknown.
 
-        Written beside `path` and renamed, so that there never is half a file. A PMatImplicit has nothing to save.
+        "weights" is `F.layer_collection.fingerprint(model)`, to compare a loaded matrix with a model; None where the
+        parameters have changed since the estimate. Files keep it; matrices made of others (`F + damping`) have none.
         """
-        write(path, self.state_dict())  # type: ignore[attr-defined]
+        matrix: Any = self
+        if matrix.generator is None or matrix._weights is None:
+            return matrix._origin
+        same = matrix._weights == matrix._versions_of_weights()
+        weights = matrix.layer_collection.fingerprint(matrix.generator.model) if same else None
+        return {"variant": matrix.generator.described, "weights": weights}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save in safetensors, with a header that names class, layers, shapes, count, convention and `origin`.
+
+        The file is there as a whole or not at all, and replaces another one. A PMatImplicit has nothing to save.
+
+        Raises:
+            OSError: the file can't be written (no such folder, no right to, a full disk).
+        """
+        check_path(path)
+        write(path, self.state_dict() | {"origin": self.origin})  # type: ignore[attr-defined]
 
     @classmethod
     def load(
-        cls, path: str | Path, layer_collection: LayerCollection | None = None, generator: Generator | None = None
+        cls,
+        path: str | os.PathLike[str],
+        layer_collection: LayerCollection | None = None,
+        generator: Generator | None = None,
     ) -> Self:
         """A saved matrix: of the class that the file names, which must be this one or, as PMat.load, any.
 
@@ -41,10 +63,13 @@ class Exchange:
 
         Raises:
             FileNotFoundError: there is no file.
-            ValueError: it is truncated, foreign, or of another class or other layers.
+            ValueError: it is damaged, foreign, of a later format, or of another class or other layers.
         """
         state = read(path)
-        new = cls.from_state_dict(state, generator)  # type: ignore[attr-defined]
+        try:
+            new = cls.from_state_dict(state, generator)  # type: ignore[attr-defined]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
         if layer_collection is not None and new.layer_collection != layer_collection:
             raise ValueError(f"{path} is of other layers: {new.layer_collection}; expected {layer_collection}.")
         return new

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.arguments import number, tensor
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.base import PMat, entry
@@ -48,11 +49,12 @@ class PMatEye(PMat):
             raise NotImplementedError(
                 "The identity is not estimated from examples: make it by PMatEye(layer_collection, `scaling`)."
             )
+        number("scaling", scaling)
         super().__init__(layer_collection, data=torch.as_tensor(scaling, device="cpu"))
         self._kind = torch.empty(0, device=device, dtype=dtype)
 
     def _checked(self, data: Any) -> Tensor:
-        if data.numel() != 1:
+        if data.numel() != 1 or data.is_complex():
             raise ValueError(f"`scaling` should be one number, is a tensor {tuple(data.shape)}.")
         # 0-d tensors on the CPU multiply those of any dtype and device, and leave both as they are.
         return data.detach().to("cpu", torch.float64).reshape(())
@@ -96,8 +98,8 @@ class PMatEye(PMat):
         return {"data": self.data, "sample": self._sample}
 
     def _load(self, state: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> Tensor:
-        self._kind = to(entry(state, "sample"))
-        return self._checked(entry(state, "data"))
+        self._kind = to(tensor("sample", entry(state, "sample"), "(0,)", ndim=1))
+        return self._checked(tensor("data", entry(state, "data"), "()"))
 
     def _scaled(self, factor: float | Tensor) -> Self:
         factor = factor.to("cpu", torch.float64) if isinstance(factor, Tensor) else factor

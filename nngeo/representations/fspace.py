@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nngeo.generators.gram import gram_tiles
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.arguments import tensor
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.decompose import svd
 from nngeo.linalg.symmetric import SymmetricMatrix
@@ -79,6 +80,7 @@ class FMatDense(Estimate):
         return batches
 
     def _checked(self, data: Any) -> Tensor:
+        tensor("data", data, "(k, n, l, m)")
         if data.ndim != 4:
             raise ValueError(f"`data` should be (k, n, l, m), is {tuple(data.shape)}.")
         return data

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.arguments import choice
 from nngeo.linalg.outer import Sharing
+from nngeo.representations.block import Block
 from nngeo.representations.kroneckerblock import KroneckerBlock
 from nngeo.representations.layerwise import LayerwisePMat
 
@@ -17,9 +20,7 @@ if TYPE_CHECKING:
 
 def check_sharing(weight_sharing: str) -> Sharing:
     """The option, if it is known."""
-    if weight_sharing not in ("expand", "reduce"):
-        raise ValueError(f"Unknown weight_sharing={weight_sharing!r}; known are 'expand' and 'reduce'.")
-    return weight_sharing  # type: ignore[return-value]
+    return choice("weight_sharing", weight_sharing, ("expand", "reduce"))
 
 
 class FactoredPMat(LayerwisePMat):
@@ -41,6 +42,13 @@ class FactoredPMat(LayerwisePMat):
 
     def _options(self) -> dict[str, Any]:
         return {"weight_sharing": self.weight_sharing}
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"weight_sharing": self.weight_sharing}
+
+    def _load(self, state: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> dict[str, Block]:
+        self.weight_sharing = check_sharing(state.get("weight_sharing", "expand"))
+        return super()._load(state, to)
 
 
 class PMatKFAC(FactoredPMat):

@@ -31,6 +31,8 @@ class KroneckerBlock(Block):
     g: Tensor
     view: MatrixView
 
+    axes = {"a": "nii|ni", "g": "noo"}
+
     @staticmethod
     def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> Moments:
         return moments(record, options["weight_sharing"], into)

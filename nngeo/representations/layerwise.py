@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
+from nngeo.linalg.arguments import shown, tensor
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import spectral_norm
@@ -21,6 +22,9 @@ from nngeo.representations.finite import require_finite
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+# What wrong or missing tensors of a block raise.
+DAMAGES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 
 HOLDERS: dict[type[Block], type[LayerwisePMat]] = {}  # the class that is made of each type of block
 
@@ -97,14 +101,25 @@ class LayerwisePMat(PMat):
 
     def _checked(self, data: Any) -> dict[str, Block]:
         layers = self.layer_collection
+        if not isinstance(data, Mapping):
+            raise TypeError(f"`data` should be a dict of blocks, {{layer name: Block}}; it is {shown(data)}.")
         if set(data) != set(layers):
-            raise ValueError(f"`data` should have the layers {', '.join(layers)}; it has {', '.join(data)}.")
+            raise ValueError(f"`data` should have the layers {', '.join(layers)}; it has {', '.join(map(str, data))}.")
         for name, block in data.items():
             if not isinstance(block, Block):
-                raise TypeError(f"`data` of layer {name!r} should be a Block, is a {type(block).__name__}.")
+                raise TypeError(f"`data` of layer {name!r} should be a Block, is {shown(block)}.")
+            if not isinstance(block, allowed := self._block_types()):
+                raise ValueError(
+                    f"{type(self).__name__} is made of {', '.join(kind.__name__ for kind in allowed)}; the block of "
+                    f"layer {name!r} is a {type(block).__name__}. PMatMixed takes any."
+                )
             if (p := len(block.diag())) != layers[name].numel():
                 raise ValueError(f"The block of layer {name!r} is over {p} parameters, not {layers[name].numel()}.")
         return {name: data[name] for name in layers}
+
+    def _block_types(self) -> tuple[type[Block], ...]:
+        """The types that blocks may have."""
+        return (getattr(self, "block_type", Block),)  # a subclass that chooses for each layer may have none
 
     # Algebra
 
@@ -234,13 +249,15 @@ class LayerwisePMat(PMat):
         return state
 
     def _load(self, state: Mapping[str, Any], to: Callable[[Tensor], Tensor]) -> dict[str, Block]:
-        data = {}
-        for name, kind in entry(state, "blocks").items():
+        data, kinds = {}, entry(state, "blocks")
+        if not isinstance(kinds, Mapping):
+            raise ValueError(f"The state_dict is damaged: 'blocks' is {shown(kinds)}, not a dict of names.")
+        for name, kind in kinds.items():
             try:
                 values = BLOCKS[kind].picked(state, f"{name}/")
                 values = {key: to(value) if isinstance(value, Tensor) else value for key, value in values.items()}
                 data[name] = BLOCKS[kind].from_tensors(values)
-                data[name].diag()
-            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                data[name].mv(tensor("the diagonal", data[name].diag(), "(p,)", ndim=1))
+            except DAMAGES as error:
                 raise ValueError(f"The state_dict of layer {name!r} is incomplete or damaged: {error}") from error
         return self._checked(data)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import tensor
 from nngeo.linalg.cache import Cache, version
 from nngeo.linalg.decompose import svd
 from nngeo.linalg.lowrank import LowRankPlusDiagonal
@@ -45,6 +46,7 @@ class PMatLowRank(PMat):
         return data.div_(n**0.5), n
 
     def _checked(self, data: Any) -> Tensor:
+        tensor("data", data, "(k, n, P)")
         p = self.layer_collection.numel()
         if data.ndim != 3 or data.shape[-1] != p:
             raise ValueError(f"`data` should be (k, n, {p}), is {tuple(data.shape)}.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import shown, tensor
 from nngeo.linalg.lowrank import LowRankPlusDiagonal
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import spectral_norm
@@ -50,7 +51,11 @@ class PMatLowRankPlusDiag(PMat):
         raise NotImplementedError("Estimate a PMatLowRank, and add damping to it: `FIM(..., PMatLowRank) + damping`.")
 
     def _checked(self, data: Any) -> LowRankPlusDiagonal:
-        data = data if isinstance(data, LowRankPlusDiagonal) else LowRankPlusDiagonal(*data)
+        if not isinstance(data, LowRankPlusDiagonal):
+            if not isinstance(data, tuple | list) or len(data) != 3:
+                raise TypeError(f"`data` should be three tensors (V, c, d); it is {shown(data)}.")
+            rows, weights, diagonal = (tensor("data", x, "(V, c, d)") for x in data)
+            data = LowRankPlusDiagonal(rows, weights, diagonal)
         p, shapes = self.layer_collection.numel(), [tuple(x.shape) for x in (data.rows, data.weights, data.diagonal)]
         if shapes[0][1:] != (p,) or shapes[1] != shapes[0][:1] or shapes[2] not in ((), (p,)):
             raise ValueError(f"`data` should be of shapes (r, {p}), (r,) and () or ({p},); they are {shapes}.")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer, LayerCollection
+from nngeo.linalg.arguments import tensor
 from nngeo.representations.coordinates import coordinates, embed, restrict
 from nngeo.representations.estimate import Estimate, check_kind
 from nngeo.representations.fspace import FMatDense
@@ -105,6 +106,7 @@ class PFMapDense(PFMap):
         return jacobian_of(self, examples)
 
     def _checked(self, data: Any) -> Tensor:
+        tensor("data", data, "(k, n, P)")
         p = self.layer_collection.numel()
         if data.ndim != 3 or data.shape[-1] != p:
             raise ValueError(f"`data` should be (k, n, {p}), is {tuple(data.shape)}.")

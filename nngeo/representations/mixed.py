@@ -44,6 +44,9 @@ class PMatEKFACBlockDiag(EigenbasisPMat):
         """The type of a layer's block; `view` is None where the layer has no Kronecker factors."""
         return DenseBlock if view is None else KroneckerEigenBlock
 
+    def _block_types(self) -> tuple[type[Block], ...]:
+        return DenseBlock, KroneckerEigenBlock
+
 
 class PMatMixed(EigenbasisPMat):
     """A block of its own representation for each layer.
@@ -139,6 +142,9 @@ class PMatMixed(EigenbasisPMat):
                 "`default_representation`."
             )
         return representation.block_type
+
+    def _block_types(self) -> tuple[type[Block], ...]:
+        return (Block,)
 
     def _modules(self) -> dict[str, nn.Module]:
         return self.layer_collection.get_layerid_module_map(self._source().model)

@@ -88,6 +88,7 @@ class Pooling(SpectralAlgebra):
     def _become(self, new: Self) -> Self:
         self.__dict__.pop("_cache", None)
         self.data, self.n_examples = new.data, new.n_examples
+        self._weights = self._versions_of_weights()
         return self
 
     def _count(self) -> int:

@@ -47,6 +47,8 @@ class QuasiDiagBlock(Block):
     cross: Tensor | None = None
     view: MatrixView | None = None
 
+    axes = {"diagonal": "p", "cross": "noj"}
+
     @staticmethod
     def statistic(record: LayerRecord, into: Sequence[Tensor] = (), **options: Any) -> tuple[Tensor, ...]:
         view, squares = record.view, record.squares()

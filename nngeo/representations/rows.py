@@ -24,6 +24,8 @@ class RowsBlock(Block):
     matrices: Tensor
     view: MatrixView
 
+    axes = {"matrices": "noii"}
+
     @staticmethod
     def statistic(record: Any, into: Sequence[Tensor] = (), **options: Any) -> NoReturn:
         raise NotImplementedError("A RowsBlock is not estimated: it is a function of a QuasiDiagBlock.")

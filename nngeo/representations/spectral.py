@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class SpectralAlgebra(Estimate):
     """
 
     layer_collection: LayerCollection
+    _origin: Mapping[str, Any] | None = None  # what a file says of the estimate
 
     @property
     @abstractmethod
@@ -157,7 +158,7 @@ class SpectralAlgebra(Estimate):
     def _derived(self, data: Any) -> Any:
         """Other data in a matrix of this class, which is no estimate any more: without count and generator."""
         new = self._like(data, None)
-        new.generator = None
+        new.generator = new._origin = None
         return new
 
     def _without(self, what: str) -> NotImplementedError:
