@@ -317,4 +317,7 @@ CASES = [
         "dict",
         **LINEAR,
     ),
+    # derivatives inside
+    classifier("mapped", networks.mapped, VECTOR, "generic"),
+    classifier("force_field", networks.force_field, VECTOR, "differentiates"),
 ]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -576,3 +577,71 @@ def keyword_model() -> nn.Module:
     """forward(features=, offset=), as a dict batch has it."""
     body = perceptron(3)
     return Net(lambda net, features, offset: net.body(features - offset), body=body)
+
+
+# ------------------------------------------------------------------------------------------ derivatives inside
+
+
+def tanh_net(outputs: int) -> dict[str, nn.Module]:
+    return {"body": nn.Linear(3, 4), "head": nn.Linear(4, outputs)}
+
+
+def _value(net: nn.Module, x: Tensor) -> Tensor:
+    return net.head(net.body(x).tanh())
+
+
+def mapped() -> nn.Module:
+    """torch.vmap over examples, between plain layers."""
+    inner = Net(lambda net, x: torch.vmap(lambda row: _value(net, row))(x), **tanh_net(3))
+    return nn.Sequential(nn.Linear(3, 3), inner, nn.Tanh(), nn.Linear(3, 3))
+
+
+def _force(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(_value(net, x).sum(), x, create_graph=True)[0]
+
+
+def force_field() -> nn.Module:
+    """The gradient of an energy, by torch.autograd.grad."""
+    return Net(_force, **tanh_net(1))
+
+
+def _pushed(net: nn.Module, x: Tensor) -> Tensor:
+    outputs, tangents = torch.func.jvp(lambda z: _value(net, z), (x,), (x.flip(1),))
+    return outputs + tangents
+
+
+def _under_dual_numbers(net: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(_value(net, forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+# By name: a forward of (b, 3), and the outputs of the network that it differentiates.
+DERIVATIVES_INSIDE: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "autograd.grad": (_force, 1),
+    "func.grad": (lambda net, x: torch.func.grad(lambda z: _value(net, z).sum())(x), 1),
+    "func.jvp": (_pushed, 2),
+    "jacrev": (lambda net, x: torch.vmap(torch.func.jacrev(lambda z: _value(net, z)))(x).sum(1), 2),
+    "jacfwd": (lambda net, x: torch.vmap(torch.func.jacfwd(lambda z: _value(net, z)))(x).sum(1), 2),
+    "hessian": (
+        lambda net, x: torch.vmap(lambda row: torch.func.hessian(lambda z: _value(net, z)[0])(row).diagonal())(x),
+        1,
+    ),
+    "vmap of jvp of grad": (
+        lambda net, x: torch.vmap(
+            lambda row: torch.func.jvp(torch.func.grad(lambda z: _value(net, z)[0]), (row,), (row,))[1]
+        )(x),
+        1,
+    ),
+    "positions": (
+        lambda net, x: torch.vmap(net.head, 1, 1)(torch.stack([net.body(x), x.repeat(1, 2)[:, :4]], 1)).sum(1),
+        2,
+    ),
+    "dual numbers": (_under_dual_numbers, 2),
+}
+
+
+def differentiating(way: str) -> nn.Module:
+    run, outputs = DERIVATIVES_INSIDE[way]
+    return Net(run, **tanh_net(outputs))

@@ -152,7 +152,7 @@ def test_the_whole_function_run_again_gives_the_same(case, monkeypatch):
     assert_close(rows(model, case.batches(), case.function(model)), setting(case).jacobian, **EXACT)
 
 
-UNUSUAL = {"hidden", "layout", "no_batch_axis", "attention", "recurrent", "own_parameters", "generic"}
+UNUSUAL = {"hidden", "layout", "no_batch_axis", "attention", "recurrent", "own_parameters", "generic", "differentiates"}
 
 
 @each_of([case for case in CASES if not case.tags & UNUSUAL])

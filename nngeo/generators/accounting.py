@@ -57,7 +57,13 @@ class Accounting:
     def plan(self, check: bool) -> Plan:
         """The plan; without `check` the first source of each layer, and the layouts."""
         with self._wanted():
-            return self._checked() if check else self._unchecked()
+            while True:
+                try:
+                    return self._checked() if check else self._unchecked()
+                except LayoutChanged as change:  # what it sees depends on more than the examples
+                    if change.host in self.banned:
+                        raise self._refusal(change.host) from change
+                    self.banned.add(change.host)
 
     def _unchecked(self) -> Plan:
         return self._first_plan(self._layouts(self._forward(self.examples.one), self._forward(self.examples.few)))
@@ -161,7 +167,7 @@ class Accounting:
     def _refusal(self, name: str) -> Exception:
         if isinstance(reason := self.reasons.get(name), NotImplementedError):
             return reason
-        kind = self.layers[name].kind
+        kind = type(self.model.get_submodule(name)).__name__
         refusal = NotImplementedError(
             f"Gradients of single examples by the parameters of layer {name!r} ({kind}) can't be computed: run one by "
             "one, the examples give other gradients than in a batch, where they influence each other (normalization "
@@ -182,6 +188,7 @@ class Accounting:
 
     def _layouts(self, one: Forward, few: Forward) -> Layouts:
         """Where the examples are: the axis that grows with their number. Modules where there is none are banned."""
+        self.banned |= one.seen.inside | few.seen.inside
         layouts: Layouts = {}
         for name in self.names:
             single, several = one.seen.calls[name], few.seen.calls[name]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nngeo.generators.batches import Batch
 from nngeo.generators.untouched import Snapshot
@@ -236,6 +238,24 @@ def _kept_elements(model: nn.Module, run: Callable[[], Tensor]) -> int:
             sizes[place] = max(sizes.get(place, 0), x.numel())
         return x.detach()  # held, so that no other tensor gets its place; detached, so that there is no cycle
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = run()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = run()
+    except RuntimeError:  # transforms of torch.func inside do not allow it
+        with Made() as made:
+            run()
+        return made.elements
     return sum(sizes.values()) + result.numel()
+
+
+class Made(TorchDispatchMode):
+    """Counts the elements of everything that is computed while it is active, which is no less than what is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.elements += sum(x.numel() for x in tree_leaves(found) if isinstance(x, Tensor))
+        return found

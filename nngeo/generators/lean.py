@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -46,7 +47,7 @@ class Lean(TorchFunctionMode):
         if (read := self._readers.get(func)) is not None and (found := read(*args, **kwargs)):
             function, *inputs = found
             with torch._C.DisableTorchFunction():  # which would call every mode for every operation in there
-                if _plain(inputs):
+                if _plain(inputs) and (self.dual or not _dual_numbers()):
                     return function.apply(self, *inputs)
         return func(*args, **kwargs)
 
@@ -68,6 +69,11 @@ def _plain(inputs: list[Any]) -> bool:
         and SAVING is not None
         and SAVING(True) is None
     )
+
+
+def _dual_numbers() -> bool:
+    """Whether tensors may be dual numbers: here, those that the model makes itself."""
+    return forward_ad._current_level >= 0
 
 
 # The hooks for what graphs save, if there are any; torch before 2.8 does not tell.

@@ -114,11 +114,9 @@ class Linearizer:
         try:
             with quiet():
                 self._forward_mode = self._forward_mode and self._is_adjoint(examples.few)
-        except (NotImplementedError, RuntimeError) as error:
-            if not any(words in str(error) for words in ("forward AD", "forward mode AD", "forward-mode")):
-                raise
+        except Exception:  # whatever a model raises in a way it was not made for: it has run in the plain one
             self._forward_mode = False
-        if own:
+        if own or not self._forward_mode:
             self._check_second_derivatives(examples.few)
         self._known = True
 
@@ -156,7 +154,7 @@ class Linearizer:
             return  # those that say so do it again where it matters
         if not right:
             raise NotImplementedError(
-                "An autograd.Function of the model has a backward pass that can't be differentiated: the second "
+                "The model has a backward pass that can't be differentiated (of an autograd.Function?): the second "
                 "derivative for it is wrong. Use the matrix without linearize()."
             )
 

@@ -107,6 +107,8 @@ class Recording:
         self.seen, self.outputs = by.seen, by.outputs
         self.like = full_precision(self.outputs.detach())
         for host in plan.hosts():
+            if host in self.seen.inside:
+                raise LayoutChanged(host)
             for j, call in enumerate(self.seen.calls[host]):
                 self._check_layout(host, j, call)
 

@@ -105,6 +105,7 @@ class Watch:
     """Calls by module name, in the order in which they happened."""
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    inside: set[str] = field(default_factory=set)  # modules that the model calls under a transform of torch.func
     open: bool = True
 
 
@@ -121,6 +122,9 @@ def watch(model: nn.Module, names: Collection[str], b: int, added: Collection[st
 
         def note(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> Any:
             if not seen.open:  # activation checkpointing runs the module again in the backward pass
+                return None
+            if torch._C._are_functorch_transforms_active():  # what is seen there has no meaning outside
+                seen.inside.add(name)
                 return None
             leaves, structure = _flat(args, kwargs)
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
