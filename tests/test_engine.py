@@ -26,7 +26,7 @@ from tests.engines import (
 # Modules without a rule, and what their parents do with parameters of their own.
 GENERIC = {"linear_subclass", "position_mlp", "attention_cross", "bilinear", "prelu"}
 GENERIC |= {"lstm", "gru_bidirectional", "rnn_two_layers", "weight_norm", "weight_norm_old"}
-GENERIC |= {"bare_parameters", "parameter_list"}
+GENERIC |= {"bare_parameters", "parameter_list", "mapped", "force_field"}
 
 
 @each_case

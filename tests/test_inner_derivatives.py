@@ -12,15 +12,18 @@ from torch.testing import assert_close
 import nngeo
 from nngeo import FIM, NTK, Jacobian, PMatDense, PMatDiag, PMatImplicit
 from nngeo.descent import Engine
-from nngeo.products import jTmjp
 from nngeo.products import jacobian as jacobian_of
+from nngeo.products import jTmjp
 from tests import networks, reference
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 REPRESENTATIONS = [nngeo.PMatDense, nngeo.PMatLowRank, nngeo.PMatImplicit]
 
 # The bias of an energy has no influence on its gradient.
-pytestmark = pytest.mark.filterwarnings("ignore:The outputs do not depend on")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The outputs do not depend on"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch.func.jvp, of itself
+]
 each_way = pytest.mark.parametrize("way", networks.DERIVATIVES_INSIDE)
 
 

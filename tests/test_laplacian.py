@@ -26,7 +26,7 @@ REAL = [
     for case in CASES
     if case.apply is None and not isinstance(case.data, dict) and case.batch()[0].is_floating_point()
 ]
-SINGLE = [case for case in REAL if case.id != "checkpointed" and len(case.batch()) == 2]
+SINGLE = [case for case in REAL if not case.tags & {"checkpoint", "differentiates"} and len(case.batch()) == 2]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
