@@ -17,6 +17,7 @@ from nngeo.generators.mappings import as_dicts, as_given
 Function = Callable[..., Any]
 Target = int | str | Callable[[Any], Any]  # of a batch: an index, a key, or a function of it
 TARGET_KEYS = ("labels", "label", "target", "targets")
+MASK_KEYS = ("attention_mask", "decoder_attention_mask")
 INPUT_KEYS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.base import Generator, device_of, dtype_is_one
-from nngeo.generators.batches import Batch, Function, Target
+from nngeo.generators.batches import MASK_KEYS, Batch, Function, Target
 from nngeo.generators.kept import KeptJacobian, LinearizedGenerator, require_second_derivatives
 from nngeo.generators.linearized import Linearizer, ReverseGraph
-from nngeo.generators.outputs import check_mode, check_outputs
+from nngeo.generators.outputs import check_mode, check_outputs, random_like
+from nngeo.generators.padding import Padding, Pulled
 from nngeo.generators.plans import Planner
 from nngeo.generators.products import LayerwiseProducts, Point, WholeModelProducts
 from nngeo.generators.record import BatchRecord
+from nngeo.generators.recording import Recording
 from nngeo.generators.sizing import Measure, OfRecords, Sizing, joined, load
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
@@ -82,10 +84,15 @@ class JacobianGenerator(Generator):
                 )
             c = self._cotangents_of(recording.outputs, group)
             step = ceil(c.count / ceil(min(c.count, max(1, c.count * load(recording)))))
+            padding = None
+            if masks := self._masks(recording.outputs, group):
+                padding = Padding(masks, cache(partial(_mixture, recording, c)) if step < c.count else None)
             for start in range(0, c.count, step):
                 stop, more = min(start + step, c.count), start + step < c.count
-                yield recording.records(c.chunk(start, stop), first=start == 0, retain=more, count=c.count)
-            del recording  # before the next forward
+                yield recording.records(
+                    c.chunk(start, stop), first=start == 0, retain=more, count=c.count, padding=padding
+                )
+            del recording, padding  # before the next forward
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """F v, like v (..., P): for each mini-batch J v, the metric at the outputs, and the pull-back.
@@ -182,13 +189,30 @@ class JacobianGenerator(Generator):
         check_outputs(outputs, batch, self.model, self.function)
         if self.n_output is not None and self.n_output != (found := self.estimator.variant.n_output(outputs)):
             raise ValueError(f"n_output={self.n_output}, but the model has {found} (outputs {tuple(outputs.shape)}).")
-        mask = self.mask
-        if mask is None and self.estimator.variant.padded and isinstance(batch.content, dict):
-            # Of an encoder-decoder model it is the mask of the other side.
-            decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-            mask = "attention_mask" if "attention_mask" in batch.content and not decoder else None
-        c = self.estimator(outputs, self._targets(batch), None if mask is None else batch.mask(mask))
+        c = self.estimator(outputs, self._targets(batch), self._mask(batch))
         return c if c.count else Cotangents.from_tensor(torch.zeros_like(outputs)[None])
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        """Which positions of the outputs count."""
+        if self.mask is not None:
+            return batch.mask(self.mask)
+        # Of an encoder-decoder model it is the mask of the other side.
+        decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        padded = self.estimator.variant.padded and isinstance(batch.named.get("attention_mask"), Tensor)
+        return batch.mask("attention_mask") if padded and not decoder else None
+
+    def _masks(self, outputs: Tensor, group: list[Batch]) -> list[Tensor]:
+        """(b, *positions), True for what the mask and those of the attention leave out; of mini-batches as one."""
+        parts = zip(outputs.detach().split([batch.size for batch in group]), group, strict=True)
+        by_batch = [
+            [
+                *([] if (mask := self._mask(batch)) is None else [self.estimator.variant.left_out(part, mask)]),
+                *(~batch.mask(key) for key in MASK_KEYS if _is_mask(batch.named.get(key), batch.size)),
+            ]
+            for part, batch in parts
+        ]
+        masks = [torch.cat(same) for same in zip(*by_batch, strict=True)]
+        return [mask for mask in masks if bool(mask.any())]
 
     def _targets(self, batch: Batch) -> tuple:
         if self.function is not None and self.target is None and self.estimator.reads_targets:
@@ -208,3 +232,12 @@ class JacobianGenerator(Generator):
         splits = self.estimator.by_example and not callable(self.mask)
         sizing = Sizing(measure, splits, joins=self.estimator.variant.by_example)
         return sizing.groups(self._sweeps.batches(examples, self.device, self.verbose))
+
+
+def _mixture(recording: Recording, c: Cotangents) -> Pulled:
+    """The gradients of a random mixture of all cotangents: zero where all of theirs are."""
+    return recording.pull(c.metric(random_like(recording.outputs))[None], retain=True)
+
+
+def _is_mask(entry: Any, b: int) -> bool:
+    return isinstance(entry, Tensor) and entry.ndim == 2 and len(entry) == b

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.independence import run
 from nngeo.generators.outputs import random_like
+from nngeo.generators.padding import Padding, Pulled
 from nngeo.generators.record import BatchRecord, LayerRecord
 from nngeo.generators.sources import (
     Replay,
@@ -32,7 +33,6 @@ from nngeo.layers.rule import Computed, Gradients, LinearMapRule, assemble, rule
 
 Layouts = dict[str, list[tuple[list[Layout], list[Layout]]]]  # by module, for each call: of arguments, of outputs
 
-Pulled = dict[str, list[list[Tensor | None]]]  # by module, for each call: gradients (k, ...) at its outputs
 
 Shared = dict[tuple, Callable[[], dict[str, Tensor]]]  # what the generic rule finds at a call, for all its layers
 
@@ -160,17 +160,27 @@ class Recording:
             found[name].append([None if edge is None else flat.pop(0) for edge in call.outputs])
         return found
 
-    def records(self, c: Tensor, *, first: bool = True, retain: bool = False, count: int | None = None) -> BatchRecord:
+    def records(
+        self,
+        c: Tensor,
+        *,
+        first: bool = True,
+        retain: bool = False,
+        count: int | None = None,
+        padding: Padding | None = None,
+    ) -> BatchRecord:
         """What cotangents c (k, b, ...), of `count` in all, leave at every layer; with `retain` more may follow."""
         grads = self.pull(c, retain)
         shared: Shared = {}
-        records = {name: self.record_of(name, grads, c, shared, first) for name in self.layers}
+        records = {name: self.record_of(name, grads, c, shared, first, padding) for name in self.layers}
         return BatchRecord(records, self.batch.size, first, count or len(c))
 
-    def record_of(self, name: str, grads: Pulled, c: Tensor, shared: Shared, first: bool = True) -> LayerRecord:
+    def record_of(
+        self, name: str, grads: Pulled, c: Tensor, shared: Shared, first: bool = True, padding: Padding | None = None
+    ) -> LayerRecord:
         """One layer's record, from what `pull` returned for cotangents c."""
         layer, source, like = self.layers[name], self.plan.sources[name], self.like
-        parts = self._parts(layer, source, grads, c, shared) or self._nothing(layer, source, len(c), like)
+        parts = self._parts(layer, source, grads, c, shared, padding) or self._nothing(layer, source, len(c), like)
         return LayerRecord(layer, parts, self.batch.size, len(c), first, like)
 
     def reaching(self, names: Collection[str], rounding: float) -> tuple[list[int], set[str]]:
@@ -205,7 +215,9 @@ class Recording:
         pairs = zip(wanted, grads, strict=True)
         return {name for (name, _), g in pairs if g is not None and bool(g.norm() > rounding)}
 
-    def _parts(self, layer: Layer, source: Source, grads: Pulled, c: Tensor, shared: Shared) -> list[Gradients]:
+    def _parts(
+        self, layer: Layer, source: Source, grads: Pulled, c: Tensor, shared: Shared, padding: Padding | None
+    ) -> list[Gradients]:
         if not source.hosts:
             compute = partial(whole_gradients, self.replay, self.batch, c, source, self._wanted(source, ""))
             return [_picked(layer, self.plan.names(layer, ""), shared.setdefault((), cache(compute)))]
@@ -215,7 +227,13 @@ class Recording:
             for j, (view, call, g) in enumerate(self.views(host, source, grads[host])):
                 call.check_unchanged(host)
                 if source.fast:
-                    parts.append(fast_gradients(module, call, view, g, layer, names))
+                    part = every = fast_gradients(module, call, view, g, layer, names)
+                    if padding is not None:
+                        if padding.gradients is not None:
+                            *_, g = [*self.views(host, source, padding.gradients()[host])][j]
+                            every = fast_gradients(module, call, view, g, layer, names)
+                        part = padding.without(part, every)
+                    parts.append(part)
                     continue
                 compute = partial(generic_gradients, module, call, view, g, self._wanted(source, host))
                 parts.append(_picked(layer, names, shared.setdefault((host, j, source), cache(compute))))

@@ -18,6 +18,9 @@ from nngeo.linalg.squares import CACHED, add_squared_products
 
 Sharing = Literal["expand", "reduce"]
 
+# (b, t), True for the positions that count in moments; None if all do.
+Counted = Callable[[], Tensor | None]
+
 # Inputs (n, b, t, i) of some examples, and whether these come one after the other in memory, or all of each feature.
 Inputs = Callable[[slice, bool], Tensor]
 
@@ -34,12 +37,17 @@ class OuterProducts:
     """Gradients (k, b, n, o, i) as inputs `a` (n, b, t, i) and output gradients `g` (n, k, b, t, o).
 
     Inputs that take much memory, as the patches of a convolution do, may be given as a function, which is called
-    whenever they are needed, and their number i.
+    whenever they are needed, and their number i. Positions that do not count enter no moment; their g are zero.
     """
 
-    def __init__(self, a: Tensor | Inputs, g: Tensor, i: int = 0):
+    def __init__(self, a: Tensor | Inputs, g: Tensor, i: int = 0, counted: Counted | None = None):
         self._a, self.g = a, g
         self.i = a.shape[-1] if isinstance(a, Tensor) else i
+        self.counted = counted
+
+    def with_counted(self, counted: Counted) -> OuterProducts:
+        """The same, of which only some positions count."""
+        return OuterProducts(self._a, self.g, self.i, counted)
 
     @property
     def a(self) -> Tensor:
@@ -152,9 +160,14 @@ class OuterProducts:
 
     def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(n, i, i), the sum over b (and over t, or of the mean over t) of a a'; added to `into`, if that is given."""
-        total = into
+        total, counted = into, None if self.counted is None else self.counted()
         for examples in self._parts(PART):
-            a = self.inputs(examples).permute(0, 3, 1, 2)
+            a = self.inputs(examples)
+            if counted is not None:
+                a = torch.where(counted[examples, :, None], a, 0)
+                if sharing == "reduce":  # the mean over those that count, below
+                    a = a * (a.shape[2] / number(counted[examples]).to(a))[:, None, None]
+            a = a.permute(0, 3, 1, 2)
             x = a.flatten(2) if sharing == "expand" else a.mean(3)
             total = moment(x) if total is None else add_inner(total, x, x)
         return self.g.new_zeros(len(self.g), self.i, self.i) if total is None else total
@@ -162,8 +175,11 @@ class OuterProducts:
     def output_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(n, o, o), the sum over k and b (and the mean over t, or of the sum over t) of g g'; added to `into`."""
         g = self.g.permute(0, 4, 1, 2, 3)
+        counted = None if self.counted is None or sharing == "reduce" else self.counted()
+        if counted is not None:
+            g = g / number(counted).to(g).sqrt()[:, None]
         x = g.sum(4).flatten(2) if sharing == "reduce" else g.flatten(2)
-        if sharing == "expand" and g.shape[4] > 1:
+        if sharing == "expand" and g.shape[4] > 1 and counted is None:
             found = moment(x).div_(g.shape[4])
             return found if into is None else into.add_(found)
         return moment(x) if into is None else add_inner(into, x, x)
@@ -205,3 +221,8 @@ class OuterProducts:
             return inner(ua.mT, a.flatten(1, 2)).view(n, -1, *a.shape[1:3]).permute(0, 2, 3, 1)
 
         return OuterProducts(rotated, g, self.i)
+
+
+def number(counted: Tensor) -> Tensor:
+    """(b,), how many of the positions (b, t) of each example count; 1 where none does."""
+    return counted.sum(1).clamp(min=1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nngeo.linalg.outer import OuterProducts, Sharing
+from nngeo.linalg.outer import Counted, OuterProducts, Sharing, number
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class SelectedProducts:
     keep: Tensor
     size: int
     g: Tensor  # (1, k, b, t, o)
+    counted: Counted | None = None  # as in OuterProducts
+
+    def with_counted(self, counted: Counted) -> SelectedProducts:
+        """The same, of which only some positions count."""
+        return replace(self, counted=counted)
 
     def _kept(self) -> Tensor:
         """g (k, b, t, o), zero where nothing is selected."""
@@ -68,24 +73,28 @@ class SelectedProducts:
         (k, b, t, o), (m, c, s) = self.g.shape[1:], other.g.shape[1:4]
         return k * b * t * m * c * s * (o + 1)
 
-    def counts(self) -> Tensor:
-        """(b, i), how often each example selects each feature."""
-        out = self.g.new_zeros(len(self.index), self.size)
-        return out.scatter_add_(1, self.index, self.keep.to(self.g.dtype))
+    def _selecting(self) -> tuple[Tensor, Tensor | int]:
+        """(b, t), 1 where a position that counts selects a feature; and the number of those that count, (b, 1)."""
+        counted = None if self.counted is None else self.counted()
+        if counted is None:
+            return self.keep.to(self.g.dtype), self.index.shape[1]
+        return (self.keep & counted).to(self.g.dtype), number(counted)[:, None]
 
     def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(1, i), the diagonal of the moment, which has no other entries; (1, i, i) for "reduce", where it has."""
         if sharing == "reduce":
-            mean = self.counts() / self.index.shape[1]
+            selecting, t = self._selecting()
+            counts = self.g.new_zeros(len(self.index), self.size).scatter_add_(1, self.index, selecting)
+            mean = counts / t
             found = (mean.mT @ mean)[None]
             return found if into is None else into.add_(found)
         total = self.g.new_zeros(1, self.size) if into is None else into
-        total[0].index_add_(0, self.index.flatten(), self.keep.flatten().to(self.g.dtype))
+        total[0].index_add_(0, self.index.flatten(), self._selecting()[0].flatten())
         return total
 
     def output_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(1, o, o)."""
-        return OuterProducts(self.g, self.g).output_moment(sharing, into)
+        return OuterProducts(self.g, self.g, counted=self.counted).output_moment(sharing, into)
 
     def write(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Never: there is no cheaper way than to copy `dense`."""
@@ -116,12 +125,22 @@ def concatenate(parts: list[OuterProducts] | list[SelectedProducts]) -> OuterPro
     if len(parts) == 1:
         return parts[0]
     g = torch.cat([part.g for part in parts], 3)
+    some = any(part.counted is not None for part in parts)
+
+    def counted() -> Tensor | None:
+        found = [None if part.counted is None else part.counted() for part in parts]
+        if all(x is None for x in found):
+            return None
+        b, sizes = len(g[0, 0]), [part.g.shape[3] for part in parts]
+        every = [torch.ones(b, t, dtype=torch.bool, device=g.device) for t in sizes]
+        return torch.cat([y if x is None else x for x, y in zip(found, every, strict=True)], 1)
+
     if isinstance(parts[0], OuterProducts):
 
         def inputs(examples: slice, by_example: bool) -> Tensor:
             return torch.cat([part.inputs(examples, by_example) for part in parts], 2)
 
-        return OuterProducts(inputs, g, parts[0].i)
+        return OuterProducts(inputs, g, parts[0].i, counted if some else None)
     index = torch.cat([part.index for part in parts], 1)
     keep = torch.cat([part.keep for part in parts], 1)
-    return SelectedProducts(index, keep, parts[0].size, g)
+    return SelectedProducts(index, keep, parts[0].size, g, counted if some else None)

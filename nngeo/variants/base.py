@@ -120,6 +120,10 @@ class Variant(ABC):
         trailing = (1,) * (len(shape) - mask.ndim)
         return mask.to(outputs.device).reshape(*mask.shape, *trailing).expand(shape)
 
+    def left_out(self, outputs: Tensor, mask: Tensor) -> Tensor:
+        """(b, *positions), True for the positions of the outputs that the mask takes out of what is averaged."""
+        return ~mask.to(outputs.device)
+
     def validate(self, outputs: Tensor) -> None:
         """Raises if the outputs cannot be those of this variant."""
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
