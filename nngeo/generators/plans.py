@@ -5,16 +5,20 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nngeo.generators.accounting import Accounting
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.independence import check_alone
 from nngeo.generators.recording import Forward, Plan, Recording
 from nngeo.generators.routing import check_rows
+from nngeo.generators.signature import code_of, signature
 from nngeo.generators.untouched import Snapshot
 from nngeo.generators.watch import LayoutChanged
 from nngeo.layers.collection import LayerCollection
+
+# Structures of a model, and functions of a structure, whose plans are remembered.
+MOST = 64
 
 _PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Plan]]] = weakref.WeakKeyDictionary()
 
@@ -22,8 +26,8 @@ _PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Plan]]] = weakr
 class Planner:
     """Records mini-batches of one model and function by a plan.
 
-    A plan holds as long as the modules, their plain attributes, hooks and parameters stay what they are. What else a
-    function refers to, a flag in its closure say, is taken to stay the same as well.
+    A plan holds as long as the modules, their plain attributes, hooks and parameters stay what they are, and so do the
+    code of the function and what it refers to (see `code_of`).
     """
 
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, check: bool):
@@ -76,52 +80,14 @@ class Planner:
 
     def _place(self) -> tuple[dict[Any, Plan], Any]:
         """The plans remembered for this structure, by kinds of batches and functions; and the function's key."""
-        by_structure = _PLANS.setdefault(self.model, {})
-        for structure, plans in [*by_structure.items()]:
-            for key in [key for key in plans if key[1] is not None and key[1]() is None]:
-                del plans[key]  # of a function that is gone
-            if not plans:
-                del by_structure[structure]
-        known = by_structure.setdefault((self.check, signature(self.model, self.layers)), {})
-        if self.function is None:
-            return known, None
         try:
-            function = weakref.ref(self.function)
+            function = None if self.function is None else code_of(self.function)
             hash(function)
-        except TypeError:  # no weak references, or no hash
+        except TypeError:
             return {}, None
+        by_structure = _PLANS.setdefault(self.model, {})
+        known = by_structure.setdefault((self.check, signature(self.model, self.layers)), {})
+        for places in (by_structure, known):
+            if len(places) > MOST:
+                del places[next(iter(places))]  # the oldest
         return known, function
-
-
-def signature(model: nn.Module, layers: LayerCollection) -> tuple:
-    """What a plan depends on; equal for equal structures."""
-    modules, names, seen = [], dict[int, Any](), dict[int, Any]()
-    for name, module in model.named_modules():
-        values = tuple([(k, plain(v, seen)) for k, v in vars(module).items() if k not in _OF_MODULES])
-        hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        parameters = [(k, p) for k, p in module._parameters.items() if p is not None]
-        own = tuple([(k, names.setdefault(id(p), (name, k)), p.shape, p.requires_grad) for k, p in parameters])
-        modules.append((name, type(module), values, hooks, own))
-    return layers, tuple(modules)
-
-
-_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
-_VALUES = (type(None), bool, int, float, str)
-
-
-def plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 4) -> Any:
-    """Something hashable that changes where a setting does: with plain values, in containers and plain objects, too."""
-    if isinstance(value, _VALUES):
-        return value
-    if callable(value):
-        return id(value)
-    if depth == 0 or isinstance(value, Tensor):
-        return type(value)
-    seen = {} if seen is None else seen
-    if id(value) not in seen:
-        seen[id(value)] = type(value)  # of what contains itself
-        parts = value.items() if isinstance(value, dict) else getattr(value, "__dict__", {}).items()
-        items = enumerate(value) if isinstance(value, list | tuple) else parts
-        found = tuple((k if isinstance(k, str | int) else type(k), plain(v, seen, depth - 1)) for k, v in items)
-        seen[id(value)] = (type(value), found)
-    return seen[id(value)]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from nngeo.generators.differentiable import Backward, Footprint, differentiable
 from nngeo.generators.independence import FirstExamples, check_alone, check_independence, run
 from nngeo.generators.outputs import check_mode
-from nngeo.generators.plans import plain, signature
+from nngeo.generators.signature import code_of, plain, signature
 from nngeo.layers.collection import LayerCollection
 from nngeo.products.evaluation import Evaluation
 
@@ -63,11 +63,8 @@ def _place(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> tuple
     kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), plain(leaf)) for leaf in leaves)
     key = (signature(evaluation.model, layers), str(structure), kinds, wrt)
     try:
-        function = weakref.ref(evaluation.function)
+        function = code_of(evaluation.function)
         hash(function)
-    except TypeError:  # no weak references, or no hash: such a function is looked at every time
+    except TypeError:  # such a function is looked at every time
         return {}, key
-    known = _FACTS.setdefault(evaluation.model, {})
-    for old in [old for old in known if old[-1]() is None]:
-        del known[old]  # of a function that is gone
-    return known, (*key, function)
+    return _FACTS.setdefault(evaluation.model, {}), (*key, function)
