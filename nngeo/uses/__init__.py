@@ -6,12 +6,14 @@ from nngeo.uses.kernels import alignment, cka, effective_rank, kernel_predict
 from nngeo.uses.laplace import Laplace
 from nngeo.uses.lds import lds
 from nngeo.uses.merging import merge
+from nngeo.uses.natural import NaturalGradient
 from nngeo.uses.pruning import prune
 from nngeo.uses.quadratic import Quadratic
 
 __all__ = [
     "EWC",
     "Laplace",
+    "NaturalGradient",
     "Quadratic",
     "alignment",
     "cka",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from nngeo.linalg.cg import conjugate_gradients
 from nngeo.representations import PMat
+from nngeo.uses.averages import averaged
 from nngeo.vectors import PVector
 
 
@@ -83,10 +83,10 @@ def _weights(model: nn.Module | PVector, F: PMat) -> Tensor:
 
 def _mean(Fs: Sequence[PMat], a: Sequence[float]) -> PMat | None:
     """What all examples together would give, a matrix near to the mean; None where there is none of this kind."""
-    weighted = [copy.copy(F) for F in Fs]
-    for F, share in zip(weighted, a, strict=True):
-        F.n_examples = share  # type: ignore[assignment]  # a weight, not a count
+    mean, total = Fs[0], a[0]
     try:
-        return PMat.pool(weighted)
+        for F, share in zip(Fs[1:], a[1:], strict=True):
+            mean, total = averaged(mean, F, total, share), total + share
+        return mean
     except (NotImplementedError, TypeError):  # two eigenbases; matrices never formed; different representations
         return None

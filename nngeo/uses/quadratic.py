@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.representations import PMat
+from nngeo.uses.averages import averaged
 from nngeo.uses.state import packed, unpacked
 from nngeo.vectors import PVector
 
@@ -37,14 +37,10 @@ class Term:
 
         The matrix is the weighted mean of both, which for Kronecker factors is that of each factor: as large as one.
         """
-        old, new = copy.copy(self.F), copy.copy(F)
-        old.n_examples, new.n_examples = decay * self.weight, 1  # type: ignore[assignment]  # weights, not counts
         try:
-            mean = old.pooled(new)
+            mean = averaged(self.F, F, decay * self.weight, 1.0)
         except NotImplementedError as error:
             raise NotImplementedError(f"There is no mean of two {type(F).__name__}: use decay=None. {error}") from error
-        counts = self.F.n_examples, F.n_examples
-        mean.n_examples = None if None in counts else sum(counts)  # type: ignore[arg-type]
         return Term(mean, centre, decay * self.weight + 1.0)
 
 
