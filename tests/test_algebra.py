@@ -766,7 +766,8 @@ def test_sums_that_are_not_finite_name_the_layer(name):
 
 
 def test_what_would_not_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr("nngeo.representations.memory.available_bytes", lambda device: 400)
+    monkeypatch.setattr("nngeo.linalg.memory.available_bytes", lambda device: 400)
+    monkeypatch.setattr("nngeo.linalg.memory.SMALL", 0)
     added = PVector(setting(LINEAR).layers, torch.ones(setting(LINEAR).size, dtype=torch.float64))
     with pytest.raises(MemoryError, match="dense form of a KroneckerBlock.*0-d damping"):
         matrix_of("kfac", LINEAR) + added

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import nngeo
 from nngeo import FIM, NTK, Hessian, Jacobian, LayerCollection, random_pvector
-from nngeo.representations import memory
+from nngeo.linalg import memory
 from tests import reference
 
 X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -240,6 +240,7 @@ def test_a_matrix_too_large_is_refused_before_it_is_made():
 @pytest.mark.parametrize("representation", LARGE, ids=lambda kind: kind.__name__)
 def test_every_large_representation_looks_at_the_memory(representation, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 100)
+    monkeypatch.setattr(memory, "SMALL", 0)
     with refused(MemoryError, representation.__name__, "GiB", "free on cpu", "PMatImplicit"):
         fisher(representation)
 

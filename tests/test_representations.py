@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nngeo.generators import HessianGenerator, JacobianGenerator
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg import memory
 from nngeo.linalg.cg import ConvergenceWarning
 from nngeo.representations import (
     SOLVERS,
@@ -44,7 +45,6 @@ from nngeo.representations import (
     PMatMixed,
     PMatQuasiDiag,
     QuasiDiagBlock,
-    memory,
     random_pfmap,
     register_solver,
 )
@@ -511,6 +511,7 @@ def test_few_examples_of_a_large_dataset_take_little_memory(kind, loader):
 def test_what_does_not_fit_in_memory_is_refused_with_its_size(kind, monkeypatch):
     at = problem("mlp")
     monkeypatch.setattr(memory, "available_bytes", lambda device: 400)
+    monkeypatch.setattr(memory, "SMALL", 0)
     with pytest.raises(MemoryError, match=r"GiB.*GiB are free on cpu.*(PMatDiag|PMatImplicit|fewer examples)"):
         kind(at.layers, at.generator, examples=at.batches)
 
@@ -539,6 +540,7 @@ def test_a_copy_that_does_not_fit_is_refused(kind, monkeypatch):
     copy_of = found.to_torch()
     assert torch.equal(copy_of, found.data) and copy_of.data_ptr() != found.data.data_ptr()
     monkeypatch.setattr(memory, "available_bytes", lambda device: 400)
+    monkeypatch.setattr(memory, "SMALL", 0)
     with pytest.raises(MemoryError, match=rf"A copy of this {kind.__name__}.*Use `data`"):
         found.to_torch()
 
@@ -555,6 +557,7 @@ def test_room_is_there_where_the_system_refuses_huge_pages(monkeypatch):
 
 def test_the_dense_form_of_a_small_matrix_may_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 400)
+    monkeypatch.setattr(memory, "SMALL", 0)
     with pytest.raises(MemoryError, match="dense form of this PMatDiag"):
         built("diag", "mlp").to_torch()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class Generator(ABC):
 
     model: nn.Module
     function: Function | None
+    sums_squares: ClassVar[bool] = True  # whether the matrix is a sum of squares of gradients, so that it has `records`
 
     @property
     def device(self) -> torch.device:

@@ -28,6 +28,7 @@ class HessianGenerator(Generator):
     """
 
     function = None
+    sums_squares = False
 
     def __init__(
         self,

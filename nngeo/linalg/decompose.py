@@ -12,6 +12,8 @@ import torch
 from scipy import linalg as scipy_linalg
 from torch import Tensor
 
+from nngeo.linalg.memory import require_workspace
+
 Found = tuple[Tensor, ...]
 Lapack = Callable[[Tensor], Found]
 Reduction = Callable[[Tensor], tuple[Tensor, Callable[[Found], Found]] | None]
@@ -76,6 +78,7 @@ def cholesky(matrix: Tensor, what: str = "matrix") -> Tensor:
 
 def cholesky_attempts(matrix: Tensor, shift: float = 0.0) -> Iterator[Tensor]:
     """L (p, p) with `L L' = M + shift I`, in the own dtype and in float64, as far as rounding leaves them one."""
+    require_workspace(f"The Cholesky factor of a matrix {_size(matrix)}", 2 * matrix.numel(), matrix)
     for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
         shifted = matrix.to(dtype, copy=True)
         shifted.diagonal().add_(shift)
@@ -108,6 +111,9 @@ def _each(
     if not bool(matrices.detach().isfinite().all()):
         count = int((~matrices.detach().isfinite()).sum())
         raise ValueError(f"The {what} {_size(matrices)} has {count} entries that are not finite.")
+    small = min(matrices.shape[-2:])
+    # A copy, what is found, and the work of the divide-and-conquer on one of the matrices.
+    require_workspace(f"The decomposition of a {what} {_size(matrices)}", 2 * matrices.numel() + 2 * small**2, matrices)
     single = matrices.shape[:-2].numel() == 1
     stack = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
     found = None if single else _attempt(ways[0], stack)

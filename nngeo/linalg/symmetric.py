@@ -12,6 +12,7 @@ from torch import Tensor
 from nngeo.linalg.cache import Cache, version
 from nngeo.linalg.decompose import cholesky_attempts, eigh, eigvalsh
 from nngeo.linalg.matrixfunction import matrix_function
+from nngeo.linalg.memory import require_workspace
 from nngeo.linalg.precision import FullPrecision
 from nngeo.linalg.spectrum import Spectrum, cleaned, extremes, logarithm, not_positive, power
 
@@ -119,6 +120,7 @@ class SymmetricMatrix(FullPrecision):
         if self.tensor.requires_grad and not self.diagonalised:
             return SymmetricMatrix(matrix_function(self.tensor, f))
         values, vectors = self.spectrum()
+        require_workspace(f"A function of a matrix {tuple(vectors.shape)}", 2 * vectors.numel(), vectors)
         new = f(values)
         return SymmetricMatrix((vectors * new) @ vectors.mT, lambda: (new, vectors))
 
@@ -134,6 +136,7 @@ class SymmetricMatrix(FullPrecision):
         if self.known:
             return self.function(partial(power, exponent=-1.0))
         p = len(self.tensor)
+        require_workspace(f"The inverse of a matrix ({p}, {p})", 4 * p**2, self.tensor)
         columns = self.solve(torch.eye(p, dtype=self.tensor.dtype, device=self.tensor.device), 0.0)
         return SymmetricMatrix((columns + columns.mT) / 2, damped=self.damped)
 

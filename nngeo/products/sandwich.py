@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from nngeo.linalg.memory import require_memory
 from nngeo.products.differential import Differential, unit_vectors
 from nngeo.products.metrics import Metric
 from nngeo.products.planner import cheapest
-from nngeo.representations.memory import require_memory
 
 Pair = tuple[Differential, Differential]  # of the left A and the right one; the same object where they are one
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.arguments import tensor
+from nngeo.linalg.memory import require_memory
 from nngeo.representations.coordinates import coordinates
 from nngeo.representations.estimate import check_kind
 from nngeo.representations.exchange import Exchange
-from nngeo.representations.memory import require_memory, what_fits
+from nngeo.representations.memory import what_fits
 from nngeo.representations.pooling import Pooling
 from nngeo.representations.solvers import SOLVERS
 from nngeo.representations.state import check_header, check_match, header, layers_of
@@ -237,7 +238,8 @@ class PMat(Pooling, Exchange):
         check_kind(flat, type(self).__name__, self.dtype, self.device)
 
     def _require_memory(self, what: str, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        require_memory(what, numel, dtype, device, partial(what_fits, self.layer_collection, dtype, device))
+        instead = partial(what_fits, self.layer_collection, dtype, device, self.generator)
+        require_memory(what, numel, dtype, device, instead)
 
     def __repr__(self) -> str:
         count = "" if self.n_examples is None else f", {self.n_examples} examples"

@@ -15,11 +15,11 @@ from nngeo.layers.collection import Layer
 from nngeo.linalg.arguments import shown, tensor
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.memory import require_memory
 from nngeo.linalg.precision import FullPrecision
 from nngeo.linalg.spectrum import Spectrum, logarithm, power
 from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.estimate import positive_count
-from nngeo.representations.memory import require_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self

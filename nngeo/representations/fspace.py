@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nngeo.generators.batches import Examples
 from nngeo.generators.gram import gram_tiles
 from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.arguments import tensor
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.decompose import svd
+from nngeo.linalg.memory import require_memory
 from nngeo.linalg.symmetric import SymmetricMatrix
 from nngeo.representations.estimate import Estimate, check_kind, positive_count
-from nngeo.representations.memory import copied, require_memory
+from nngeo.representations.memory import copied
 from nngeo.vectors import FVector
 
 if TYPE_CHECKING:
@@ -57,13 +60,13 @@ class FMatDense(Estimate):
         self._examples2 = None
 
     def _estimate(self, examples: Any) -> tuple[Tensor, int]:
-        rows = _Pieces.of(self._sweep(examples))
+        # As soon as the first mini-batch has told the number of outputs: all records are kept until the end.
+        expected = Examples(examples).total() or 0
+        rows = _Pieces.of(self._checked_size(self._sweep(examples), expected, self._examples2))
         columns = rows if self._examples2 is None else _Pieces.of(self._sweep(self._examples2))
         like = next(iter(rows.pieces[0].batch.layers.values())).like
         shape = (rows.k, rows.n, columns.k, columns.n)
-        numel = rows.k * rows.n * columns.k * columns.n
-        what = f"FMatDense of {rows.k} outputs and {rows.n} examples"
-        require_memory(what, numel, like.dtype, like.device, "Use fewer examples at a time.")
+        self._require_room(shape, like)
         data = like.new_zeros(shape)
         for name in self.layer_collection:
             for i, j, tile in gram_tiles(rows.of_layer(name), None if columns is rows else columns.of_layer(name)):
@@ -72,6 +75,19 @@ class FMatDense(Estimate):
                 if columns is rows and i != j:
                     data[column.outputs, column.examples, row.outputs, row.examples] += tile.permute(2, 3, 0, 1)
         return data, rows.n
+
+    def _checked_size(self, batches: Iterable[BatchRecord], n: int, other: Any) -> Iterator[BatchRecord]:
+        """The mini-batches, unless the kernel of as many examples as are expected, or were seen, does not fit."""
+        m, seen = n if other is None else Examples(other).total() or 0, 0
+        for batch in batches:
+            seen += batch.n_examples if batch.first else 0
+            k, like = batch.count, next(iter(batch.layers.values())).like
+            self._require_room((k, max(n, seen), k, max(m, seen if other is None else 1)), like)
+            yield batch
+
+    def _require_room(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        what = f"FMatDense of {shape[0]} outputs and {shape[1]} examples"
+        require_memory(what, prod(shape), like.dtype, like.device, "Use fewer examples at a time.")
 
     def _sweep(self, examples: Any) -> Iterable[BatchRecord]:
         batches = self._records(examples)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nngeo.generators.batches import Examples
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.memory import require_memory, room
 from nngeo.representations.estimate import Estimate, positive_count
-from nngeo.representations.memory import require_memory, room
 
 if TYPE_CHECKING:
     from nngeo.generators import BatchRecord

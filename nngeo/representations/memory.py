@@ -1,73 +1,19 @@
-"""Refuse what can't fit, before it is allocated; and room for what is large."""
+"""What else would fit, where a matrix does not; and copies that do."""
 
 from __future__ import annotations
 
-import mmap
-import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from math import prod
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nngeo.layers.collection import LayerCollection
+from nngeo.layers.collection import Layer, LayerCollection
+from nngeo.layers.rule import LinearMapRule, rule_for
+from nngeo.linalg import memory
+from nngeo.linalg.memory import require_memory
 
-GIB = 2**30
-
-# Bytes from which room is worth asking the system for it.
-LARGE = 2**26
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo") as meminfo:  # counts the disk cache as free, which sysconf does not
-            line = next(line for line in meminfo if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def require_memory(
-    what: str, numel: int, dtype: torch.dtype, device: torch.device, instead: str | Callable[[], str]
-) -> None:
-    """Nothing, if `numel` entries fit; `instead` is a sentence, or a function that returns it.
-
-    Raises:
-        MemoryError: how many GiB `what` takes, how many there are, and what to use `instead`.
-    """
-    needed = numel * dtype.itemsize
-    free = available_bytes(device) if needed else None
-    if free is not None and needed > free:
-        advice = instead if isinstance(instead, str) else instead()
-        raise MemoryError(
-            f"{what} takes {needed / GIB:.3g} GiB ({numel:.3g} entries of {dtype}); "
-            f"{free / GIB:.3g} GiB are free on {device}. {advice}"
-        )
-
-
-def room(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor of a shape, of the type of another one and on its device.
-
-    Where Linux has them, in huge pages (of 2 MiB instead of 4 KiB): handing out new memory in small ones takes the
-    system several times longer than filling it takes.
-    """
-    size = prod(shape) * like.element_size()
-    if size < LARGE or like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system that was built without them: then in small ones
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+if TYPE_CHECKING:
+    from nngeo.generators import Generator
 
 
 def copied(what: str, data: Tensor) -> Tensor:
@@ -76,19 +22,41 @@ def copied(what: str, data: Tensor) -> Tensor:
     return data.clone()
 
 
-def what_fits(layers: LayerCollection, dtype: torch.dtype, device: torch.device) -> str:
-    """A sentence that names the representations of these parameters that would fit."""
-    entries = {
-        "PMatBlockDiag": sum(layer.numel() ** 2 for layer in layers.layers.values()),
-        "PMatKFAC or PMatEKFAC": sum(
-            shape[0] ** 2 + prod(shape[1:]) ** 2
-            for layer in layers.layers.values()
-            for shape in layer.shapes.values()
-            if shape
-        ),
-        "PMatQuasiDiag": 2 * layers.numel(),
-        "PMatDiag": layers.numel(),
-    }
-    free = available_bytes(device)
+def what_fits(
+    layers: LayerCollection, dtype: torch.dtype, device: torch.device, generator: Generator | None = None
+) -> str:
+    """A sentence that names the representations of these parameters that would fit, and take the generator's model."""
+    blocks = {name: layer.numel() ** 2 for name, layer in layers.layers.items()}
+    entries = {"PMatBlockDiag": sum(blocks.values())}
+    if generator is None or generator.sums_squares:
+        factors = {} if generator is None else _factors(layers, generator.model)
+        if factors.keys() == blocks.keys():
+            entries["PMatKFAC or PMatEKFAC"] = sum(factors.values())
+        elif factors:
+            entries["PMatEKFACBlockDiag"] = sum((blocks | factors).values())
+        entries["PMatQuasiDiag"] = 2 * layers.numel()
+    entries["PMatDiag"] = layers.numel()
+    free = memory.available_bytes(device)
     fitting = [name for name, numel in entries.items() if free is None or numel * dtype.itemsize <= free]
     return f"What would fit: {', '.join([*fitting, 'PMatImplicit'])}."
+
+
+def _factors(layers: LayerCollection, model: nn.Module) -> dict[str, int]:
+    """{layer: entries of its Kronecker factors}, of layers that are linear maps by their type.
+
+    Nothing for a model with weights that several modules share: whether these have factors is seen in a sweep alone.
+    """
+    if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters())):
+        return {}
+    found = {}
+    for name, module in layers.get_layerid_module_map(model).items():
+        rule, layer = rule_for(module), layers[name]
+        if isinstance(rule, LinearMapRule) and _own_weight(module, layer):
+            n, o, i = rule.view(module, layer).shape
+            found[name] = n * (o**2 + i**2)
+    return found
+
+
+def _own_weight(module: nn.Module, layer: Layer) -> bool:
+    """Whether the layer's parameters are the module's, and not those of its parametrizations."""
+    return all(local in module._parameters for local in layer.shapes)

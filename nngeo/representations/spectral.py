@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.arguments import count, number
+from nngeo.linalg.memory import require_workspace
 from nngeo.linalg.spectrum import Spectrum, logarithm, power, pseudo_inverse
 from nngeo.representations.damping import Damping
 from nngeo.representations.estimate import Estimate
@@ -130,7 +131,9 @@ class SpectralAlgebra(Estimate):
         Raises:
             ValueError: the matrix is not positive definite (or semidefinite, for `inverse=False`).
         """
-        count("n", n, least=0)
+        size = self.layer_collection.numel()
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        require_workspace(f"A sample of {count('n', n, least=0)} vectors", 3 * n * size, like)
         device = self.device if generator is None else generator.device
 
         def normal(size: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nngeo.representations.memory import room
+from nngeo.linalg.memory import room
 
 LONG = 5.0  # seconds: what takes longer, or is set up anew each time, is measured in a few rounds only
 FEW = 3
