@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,12 +32,22 @@ class SoftmaxVariant(Variant):
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         counted = self._rows_counted(outputs, targets, mask)
-        log_p = self._rows(working(outputs)).log_softmax(-1)
-        log_tails = log_p.flip(-1).logcumsumexp(-1).flip(-1)
-        b, t, classes = log_p.shape
+        rows = self._rows(working(outputs))
+        b, t, classes = rows.shape
         count = t * (classes - 1)
 
+        @cache
+        def logarithms() -> tuple[Tensor, Tensor]:
+            log_p = rows.log_softmax(-1)
+            return log_p, log_p.flip(-1).logcumsumexp(-1).flip(-1)
+
+        @cache
+        def probabilities() -> tuple[Tensor, Tensor]:
+            p = rows.softmax(-1)
+            return p, p.argmax(-1, keepdim=True)
+
         def chunk(start: int, stop: int) -> Tensor:
+            log_p, log_tails = logarithms()
             at = torch.arange(start, min(stop, count), device=log_p.device)
             position, column = at // (classes - 1), at % (classes - 1)
             columns = keep(None if counted is None else counted[:, position], _root(log_p, log_tails, position, column))
@@ -47,10 +58,11 @@ class SoftmaxVariant(Variant):
             return self._from_rows(c, outputs)
 
         def metric(v: Tensor) -> Tensor:
-            x, p = self._rows(v).to(log_p.dtype), log_p.exp()
+            p, likeliest = probabilities()
+            x = self._rows(v).to(p.dtype)
             # The metric ignores constants. Zero at the likeliest class, nothing cancels when p is almost one there.
-            x = x - x.gather(-1, p.argmax(-1, keepdim=True))
-            product = p * (x - (p * x).sum(-1, keepdim=True))
+            x = x - x.gather(-1, likeliest)
+            product = x.sub_(torch.linalg.vecdot(p, x)[..., None]).mul_(p)
             return self._from_rows(keep(counted, product)[None], outputs)[0].to(v.dtype)
 
         return Cotangents(count, chunk, metric)
