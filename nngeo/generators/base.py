@@ -44,6 +44,10 @@ class Generator(ABC):
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """F v, like v (..., P), without F. The forward of a mini-batch is shared by all vectors."""
 
+    def vTMv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
+        """v' F v (...), for v (..., P)."""
+        return (v * self.mv(v, examples, layer_collection)).sum(-1)
+
     def linearize(self, examples: Any, layer_collection: LayerCollection) -> LinearizedGenerator:
         """A generator whose products are with the graphs of all mini-batches, which are recorded here and kept."""
         raise NotImplementedError(f"{type(self).__name__} keeps no graphs: use the matrix without linearize().")

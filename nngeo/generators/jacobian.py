@@ -103,6 +103,11 @@ class JacobianGenerator(Generator):
         total, n = self._product("mv", v.reshape(-1, v.shape[-1]), examples, layer_collection)
         return total.div_(n).reshape(v.shape)
 
+    def vTMv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
+        """v' F v (...) for v (..., P): the metric of J v, for one vector by a forward alone."""
+        total, n = self._product("vTMv", v.reshape(-1, v.shape[-1]), examples, layer_collection)
+        return total.div_(n).reshape(v.shape[:-1])
+
     def jvp(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """J v (..., k, n) for v (..., P): derivatives along v of the outputs' products with the cotangents."""
         found = self._product("jvp", v.reshape(-1, v.shape[-1]), examples, layer_collection)
@@ -142,18 +147,19 @@ class JacobianGenerator(Generator):
         whole = self._linearizer(layers)
         if whole is not None:
             try:
-                return getattr(WholeModelProducts(partial(self._points, whole, examples), layers), name)(x)
+                points = partial(self._points, whole, examples, pulls=name != "vTMv")
+                return getattr(WholeModelProducts(points, layers), name)(x)
             except (NotImplementedError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 self._linearizers[layers] = None  # an operation has no second derivative, or not in this way
         return getattr(LayerwiseProducts(partial(self.records, examples, layers), layers), name)(x)
 
-    def _points(self, whole: Linearizer, examples: Any, rows: Tensor | None) -> Iterator[Point]:
+    def _points(self, whole: Linearizer, examples: Any, rows: Tensor | None, pulls: bool = True) -> Iterator[Point]:
         setting = whole.setting()
         for group in self._groups(whole, examples):
             batch = Batch.joined(group)
-            at = whole.at(batch, rows, setting)
+            at = whole.at(batch, rows, setting, pulls)
             yield Point(at, self._cotangents_of(at.outputs, group), batch.size)
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:

@@ -79,11 +79,14 @@ class Linearizer:
         """For the mini-batches of one product."""
         return Setting(self.model, self.layers)
 
-    def at(self, batch: Batch, rows: Tensor | None, setting: Setting) -> Linearized:
-        """The model at a batch, where J v is going to be asked for the rows v of (m, P), if there are any."""
+    def at(self, batch: Batch, rows: Tensor | None, setting: Setting, pulls: bool = True) -> Linearized:
+        """The model at a batch, where J v is going to be asked for the rows v of (m, P), if there are any.
+
+        Without `pulls` nothing is pulled back, so that one vector needs no graph.
+        """
         self.look_at(batch)
         if rows is not None and len(rows) == 1 and self._forward_mode:
-            found = self._forward(batch, rows, setting)
+            found = self._forward(batch, rows, setting, pulls)
             self._check(batch, found.outputs)
             return found
         return self.graph(batch, setting).linearized(setting)
@@ -173,11 +176,11 @@ class Linearizer:
         tolerance = 10 * torch.finfo(graph.outputs.dtype).eps ** 0.5
         return bool((products.sum() - others.sum()).abs() <= tolerance * scale)
 
-    def _forward(self, batch: Batch, rows: Tensor, setting: Setting) -> Linearized:
+    def _forward(self, batch: Batch, rows: Tensor, setting: Setting, pulls: bool = True) -> Linearized:
         tangents = setting.tangents(rows)
         with setting.entered(), DUAL, forward_ad.dual_level():
             with torch._C.DisableTorchFunction():  # whose modes would look at every step
-                leaves = [p.detach().requires_grad_() for p in setting.parameters]
+                leaves = [p.detach().requires_grad_(pulls) for p in setting.parameters]
                 duals = [forward_ad.make_dual(leaf, tangent) for leaf, tangent in zip(leaves, tangents, strict=True)]
             with self.lean(Lean(dual=True)), setting.replaced(self._replay, duals):
                 outputs = self.run(batch)

@@ -83,6 +83,17 @@ class WholeModelProducts:
                 start += len(rows)
         return sums.total(), n
 
+    def vTMv(self, v: Tensor) -> tuple[Tensor, int]:
+        """The sum over examples of `(J v)' M (J v)` (m,), and their number; nothing is pulled back."""
+        sums, n = v.new_zeros(len(v)), 0
+        for point in self.points(v):
+            metric, n, start = point.cotangents.metric, n + point.size, 0
+            for rows in point.chunks(v):
+                for pushed in point.at.push(rows):
+                    sums[start] += (pushed * metric(pushed)).sum()
+                    start += 1
+        return sums, n
+
     def jvp(self, v: Tensor) -> Tensor:
         """(m, k, n)."""
         found = []
@@ -115,6 +126,11 @@ class LayerwiseProducts:
             total += torch.einsum("kbp,mkb->mp", rows, torch.einsum("kbp,mp->mkb", rows, v))
             n += batch.n_examples if batch.first else 0
         return total, n
+
+    def vTMv(self, v: Tensor) -> tuple[Tensor, int]:
+        """The sum over examples of `(J v)' M (J v)` (m,), and their number."""
+        pushed = self.jvp(v)
+        return pushed.square().sum((1, 2)), pushed.shape[-1]
 
     def jvp(self, v: Tensor) -> Tensor:
         """(m, k, n)."""

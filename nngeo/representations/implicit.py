@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nngeo.generators import Generator
     from nngeo.representations.inverse import PMatInverse
     from nngeo.representations.linearized import PMatLinearized
+    from nngeo.vectors import PVector
 
 
 class PMatImplicit(MatrixFree):
@@ -107,6 +108,17 @@ class PMatImplicit(MatrixFree):
         product = symmetric_map(v, self._product) if v.numel() else v.clone()
         product = self.scaling * product if isinstance(self.scaling, Tensor) or self.scaling != 1 else product
         return product if self.shift is None else product + self.shift * v
+
+    def vTMv(self, v: PVector | Tensor) -> Tensor:
+        """`v' M v`, 0-d, or (...) for a tensor (..., P): the metric of J v, in half the time of a product.
+
+        Differentiable in v, any number of times; where v asks for a gradient, by a product.
+        """
+        flat, _ = self._coordinates(v)
+        if flat.requires_grad or not flat.numel():
+            return super().vTMv(v)
+        found = self.scaling * self._source().vTMv(flat, self.examples, self.layer_collection)
+        return found if self.shift is None else found + (self.shift * flat.square()).sum(-1)
 
     def _solve(self, v: Tensor, regul: float, **options: Any) -> Tensor:
         return cg(self, v, regul, **options)
