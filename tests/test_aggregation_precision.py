@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from nngeo.descent import aggregation, backward, jac_to_grad
+from nngeo.descent.autojac import combine
 from nngeo.linalg.gramian import row_gramian
 from tests.aggregators import EVERY, FEWEST, build, matrix, normal
 
@@ -99,9 +100,11 @@ def test_results_with_units_stay_finite(name, scale):
     assert aggregated(name, j).isfinite().all()
 
 
+@pytest.mark.parametrize("small", [2**20, 0], ids=["small", "large"])
 @pytest.mark.parametrize("m", [4, 12], ids=["combined", "streamed"])
-def test_every_way_to_a_gramian_is_in_double_precision(m):
+def test_every_way_to_a_gramian_is_in_double_precision(m, small, monkeypatch):
     """By their Jacobian kept, by one pass without it, and by `.jac`: all in the plane, with weights that are huge."""
+    monkeypatch.setattr(combine, "SMALL", small)
     j = matrix(f"normal {m}x30 rank 2", dtype=torch.float32)
     seen: list[Tensor] = []
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from nngeo.linalg import complementarity
 from nngeo.linalg.complementarity import MASKED, active_set_solutions, complementary_solutions
+from nngeo.linalg.pivoting import pivoted
 
 CYCLES = {5: 7862, 8: 14921}  # sizes and seeds of problems on which pivoting cycles, found by search
 seeds = pytest.mark.parametrize("seed", range(3))
@@ -139,3 +140,32 @@ def test_ties_at_zero_are_solutions():
     z, solved = complementary_solutions(g, q)
     assert solved.all()
     assert_close(z, torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.float64))
+
+
+def unit_diagonal(m: int, seed: int) -> tuple[Tensor, Tensor]:
+    g = definite(m, seed=seed)
+    d = g.diagonal().rsqrt()
+    return g * d * d[:, None], normal(6, m, seed=seed)
+
+
+@seeds
+@pytest.mark.parametrize("m", [1, 2, 7, 20])
+def test_small_problems_are_solved_without_torch(m, seed):
+    g, q = unit_diagonal(m, seed)
+    z, solved = pivoted(g.numpy(), q.numpy(), (q < 0).numpy(), 20)
+    assert solved.any()
+    assert_complementary(torch.from_numpy(z[solved]).clamp(min=0), g, q[solved])
+
+
+def test_small_problems_that_cycle_are_left():
+    g, q = cycling(5)
+    d = g.diagonal().rsqrt()
+    q = torch.stack([q * d, (q * d).abs()])
+    _, solved = pivoted((g * d * d[:, None]).numpy(), q.numpy(), (q < 0).numpy(), 20)
+    assert solved.tolist() == [False, True]
+
+
+def test_small_singular_problems_are_left():
+    g, q = torch.ones(3, 3, dtype=torch.float64), -torch.ones(2, 3, dtype=torch.float64)
+    _, solved = pivoted(g.numpy(), q.numpy(), (q < 0).numpy(), 20)
+    assert not solved.any()

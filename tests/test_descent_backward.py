@@ -85,6 +85,12 @@ def grads(parameters) -> Tensor:
     return torch.cat([p.grad.flatten() for p in parameters])
 
 
+@pytest.fixture(autouse=True)
+def no_jacobian_is_small(monkeypatch):
+    """Networks of a test's size take the ways that are for large ones."""
+    monkeypatch.setattr(combine, "SMALL", 0)
+
+
 @pytest.fixture
 def model() -> nn.Module:
     return network("mlp")
@@ -102,6 +108,14 @@ def test_grad_is_the_aggregated_jacobian(name, aggregator, m, chunk):
     weights = torchjd.backward(losses, parameters, A, parallel_chunk_size=chunk)
     assert_close(grads(parameters), A(matrix), rtol=1e-9, atol=1e-12)
     assert weights is None if aggregator == "function" else torch.allclose(weights, A.weighting(matrix))
+
+
+@pytest.mark.parametrize("m", [2, 12])
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_small_jacobians_are_joined_for_every_aggregator(name, aggregator, m, monkeypatch):
+    monkeypatch.setattr(combine, "SMALL", 2**20)
+    test_grad_is_the_aggregated_jacobian(name, aggregator, m, None)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

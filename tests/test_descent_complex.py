@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from nngeo import descent
 from nngeo.descent import autojac
 from nngeo.descent.aggregation import ConFIG, Mean, PCGrad, TrimmedMean, UPGrad
+from nngeo.descent.autojac import combine
 
 D, C = torch.float64, torch.complex128
 AGGREGATORS = {"mean": Mean, "upgrad": UPGrad, "config": ConFIG, "trimmed": lambda: TrimmedMean(1)}
@@ -44,9 +45,11 @@ def rows(losses: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     return torch.stack([flat(list(torch.autograd.grad(loss, parameters, retain_graph=True))) for loss in losses])
 
 
+@pytest.mark.parametrize("small", [2**20, 0], ids=["small", "large"])
 @pytest.mark.parametrize("m", [3, 12], ids=["combined", "streamed"])
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_complex_parameters_are_pairs_of_real_ones(name, m):
+def test_complex_parameters_are_pairs_of_real_ones(name, m, small, monkeypatch):
+    monkeypatch.setattr(combine, "SMALL", small)
     model, x = seeded(m)
     parameters = list(model.parameters())
     expected = AGGREGATORS[name]()(rows(model(x), parameters))

@@ -10,14 +10,23 @@ from torch import Tensor
 from nngeo.descent.aggregation.base import Aggregator
 from nngeo.descent.autojac import arguments, onepass
 from nngeo.descent.autojac import backward as accumulate_jacobians
+from nngeo.descent.autojac import combine as combining
 from nngeo.descent.autojac.arguments import Aggregation
-from nngeo.descent.autojac.combine import Combination, as_of, combine, ignores_values, precision, weights_from_gramian
+from nngeo.descent.autojac.combine import (
+    Combination,
+    as_of,
+    combine,
+    ignores_values,
+    precision,
+    weights_from_gramian,
+)
 from nngeo.descent.autojac.fields import accumulate_grads
 from nngeo.descent.autojac.graph import leaves
 from nngeo.descent.autojac.rows import Rows, jacobians, vectorized, vectorizes, weighted_sum
 from nngeo.linalg.precision import full_precision
 
-# Up to this many rows their Jacobian is kept, to be combined; above, another backward pass takes less memory.
+# Up to this many rows their Jacobian is kept, to be combined; above, another backward pass takes less memory, if it is
+# not small.
 KEPT_ROWS = 8
 
 
@@ -41,10 +50,10 @@ def backward(
     What the aggregator needs decides the cost. With P parameters, the largest of p elements:
 
     - the number of rows only (Mean, Sum, Constant, Random): one backward pass of the weighted sum;
-    - the Gramian, m > 8 rows: one vectorised pass that adds up inner products and holds m p numbers, then one backward
-      pass of the weighted sum;
-    - the Gramian, up to 8 rows, with a chunk size, or where vmap does not know an operation: the Jacobians by
-      parameter, m P numbers, which are then combined;
+    - the Gramian, m > 8 rows and m P > 2^20: one vectorised pass that adds up inner products and holds m p numbers,
+      then one backward pass of the weighted sum;
+    - the Gramian, fewer, with a chunk size, or where vmap does not know an operation: the Jacobians by parameter, m P
+      numbers, which are then combined;
     - the Jacobian: those, joined to one matrix: 2 m P numbers.
 
     For one loss per example `autogram.Engine` needs none of these.
@@ -97,7 +106,8 @@ def _combined(
     if weigh is not None and ignores_values(aggregator):
         weights = weigh(torch.empty(m, 0, dtype=precision(inputs[0]), device=rows.tensors[0].device))
         return Combination(weighted_sum(rows, inputs, weights, retain_graph), as_of(inputs[0], weights))
-    if weigh is not None and (chunk or m) >= m > KEPT_ROWS and vectorizes(rows, inputs):
+    streams = (chunk or m) >= m > KEPT_ROWS and m * sum(x.numel() for x in inputs) > combining.SMALL
+    if weigh is not None and streams and vectorizes(rows, inputs):
         with vectorized():
             weights = weigh(onepass.streamed_gramian(rows, inputs))
             return Combination(weighted_sum(rows, inputs, weights, retain_graph), as_of(inputs[0], weights))

@@ -9,6 +9,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from nngeo.linalg.decompose import cholesky_factors, eigh
+from nngeo.linalg.pivoting import pivoted
 
 ENTRIES = 2**16  # of the systems factored at once: larger blocks are slower, by page faults and caches
 MASKED = 40  # unknowns up to which systems of the full size are cheaper than those of the sets
@@ -34,9 +35,16 @@ def complementary_solutions(
     # On a unit diagonal one tolerance fits all unknowns; the sets do not depend on the scale.
     d = m.diagonal().rsqrt()
     m, q = m * d * d[:, None], q * d
-    z = torch.zeros_like(q)
     solve = _by_masks if len(m) <= MASKED else _on_sets
-    todo = _indices((q < 0).any(1))
+    if len(m) <= FEW and m.device.type == "cpu" and m.dtype == torch.float64:
+        found, done = pivoted(m.numpy(), q.numpy(), (q < 0 if passive is None else passive).numpy(), max_iter)
+        z = torch.from_numpy(found)
+        if done.all():
+            return z.clamp_(min=0).mul_(d), torch.from_numpy(done)
+        todo = _indices(~torch.from_numpy(done))
+    else:
+        z = torch.zeros_like(q)
+        todo = _indices((q < 0).any(1))
     part = q[todo]
     sets = _guess(m, part) if passive is None else passive[todo]
     fewest, lives = torch.full_like(todo, len(m) + 1), torch.full_like(todo, 3)

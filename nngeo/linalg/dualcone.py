@@ -102,6 +102,7 @@ def _verified(z: Tensor, g: Tensor, q: Tensor, u: Tensor, eps: float) -> Tensor:
 def _residual(z: Tensor, g: Tensor, q: Tensor, u: Tensor) -> Tensor:
     """How far each row is from `min(z, y) = 0` (r,), relative to the sums of absolute values that y comes from."""
     norms = g.diagonal().sqrt()
-    size = ((u.abs() + z) @ norms)[:, None].clamp(min=torch.finfo(g.dtype).tiny)
-    y = torch.addmm(q, z, g) / norms / size
-    return torch.minimum(z * norms / size, y).abs().amax(1)
+    scaled = z * norms
+    size = (u.abs() @ norms).add_(scaled.sum(1)).clamp_(min=torch.finfo(g.dtype).tiny)
+    y = torch.addmm(q, z, g).div_(norms)
+    return torch.minimum(scaled, y).abs_().amax(1).div_(size)

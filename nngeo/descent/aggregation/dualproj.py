@@ -13,7 +13,8 @@ class DualProjWeighting(DualConeWeighting):
     """Weights pi(u) of the projection of `J'u` onto the dual cone."""
 
     def weights(self, gramian: Tensor) -> Tensor:
-        return self.projector(rows_or("pref_vector", self.pref_vector, 1 / len(gramian), gramian), gramian)
+        u = rows_or("pref_vector", self.pref_vector, 1 / len(gramian), gramian)
+        return self.projector.project(u[None], gramian)[0].to(gramian)
 
 
 class DualProj(GramianWeightedAggregator, of=DualProjWeighting):

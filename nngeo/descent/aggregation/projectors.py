@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeo.descent.aggregation.options import Option, check_finite, describe, instance, number
-from nngeo.linalg.dualcone import dual_cone_weights, semidefinite_dual_cone_weights, symmetric
+from nngeo.linalg.dualcone import dual_cone_weights, semidefinite_dual_cone_weights
 
 
 def _boolean(name: str, value: bool) -> bool:
@@ -62,10 +62,10 @@ class Regularized(DualConeProjector):
 
     def regularized(self, G: Tensor) -> Tensor:
         """The regularized Gramian (m, m) in double precision."""
-        g = symmetric(G.double())
-        trace = g.trace()
-        g = torch.where((trace < self.norm_eps) | (trace == 0), torch.zeros_like(g), g / trace)
-        return g + self.reg_eps * torch.eye(len(g), dtype=g.dtype, device=g.device)
+        trace = float(G.double().trace())
+        g = torch.zeros_like(G, dtype=torch.float64) if trace < self.norm_eps or trace == 0 else G.double() / trace
+        g.diagonal().add_(self.reg_eps)
+        return g
 
 
 class PivotingProjector(Regularized):

@@ -19,7 +19,7 @@ class UPGradWeighting(DualConeWeighting):
 
     def weights(self, gramian: Tensor) -> Tensor:
         u = rows_or("pref_vector", self.pref_vector, 1 / len(gramian), gramian)
-        return self.projector(torch.diag(u), gramian).sum(0)
+        return self.projector.project(torch.diag(u), gramian).sum(0).to(gramian)
 
 
 class UPGrad(GramianWeightedAggregator, of=UPGradWeighting):

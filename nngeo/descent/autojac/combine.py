@@ -14,6 +14,9 @@ from nngeo.descent.aggregation.base import GramianWeightedAggregator, WeightedAg
 from nngeo.descent.autojac.arguments import Aggregation
 from nngeo.linalg.gramian import row_gramian
 
+# Numbers of a Jacobian that takes longer to be avoided than to be formed and copied: 4 MiB in float32.
+SMALL = 2**20
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -27,14 +30,20 @@ class Combination:
 def combine(jacobians: Sequence[Tensor], aggregator: Aggregation) -> Combination:
     """The rows of the Jacobians (m, *shape) combined.
 
-    Jacobians are joined to the matrix (m, n), which copies them, only for an aggregator that needs it.
+    Jacobians are joined to the matrix (m, n), which copies them, for an aggregator that needs it, and small ones for
+    any: that takes fewer calls.
     """
     weigh = weights_from_gramian(aggregator)
-    if weigh is not None:
+    if weigh is not None and sum(x.numel() for x in jacobians) > SMALL:
         weights = weigh(_blank(jacobians[0]) if ignores_values(aggregator) else gramian(jacobians))
         return Combination([torch.tensordot(weights.to(x), x, dims=1) for x in jacobians], as_of(jacobians[0], weights))
-    joint = torch.cat([as_matrix(x).to(jacobians[0].device) for x in jacobians], 1)
-    vector, found = _called(aggregator, joint)
+    matrices = [as_matrix(x) for x in jacobians]
+    joint = torch.cat([x.to(matrices[0].device) for x in matrices], 1)
+    if weigh is None:
+        vector, found = _called(aggregator, joint)
+    else:
+        found = as_of(jacobians[0], weigh(joint[:, :0] if ignores_values(aggregator) else row_gramian(joint)))
+        vector = found.to(joint) @ joint
     if not isinstance(vector, Tensor):
         raise TypeError(f"The aggregator returned {type(vector).__name__}; it should return a tensor (n,).")
     if vector.shape != joint.shape[1:]:
@@ -42,7 +51,7 @@ def combine(jacobians: Sequence[Tensor], aggregator: Aggregation) -> Combination
             f"The aggregator returned the shape {tuple(vector.shape)} for a matrix of shape {tuple(joint.shape)}; "
             f"it should return {tuple(joint.shape[1:])}."
         )
-    parts = vector.split([as_matrix(x[:1]).numel() for x in jacobians])
+    parts = vector.split([x.shape[1] for x in matrices])
     return Combination([_as_tensor(part, x) for part, x in zip(parts, jacobians, strict=True)], found)
 
 
