@@ -150,12 +150,14 @@ def GGN(
     Args:
         loss_fn: `loss_fn(outputs, *targets) -> scalar`, called for each example as a batch of one; so a loss that
             averages over examples and one that sums over them give the same, and one that averages over outputs, as
-            nn.MSELoss does, includes this factor.
+            nn.MSELoss does, includes this factor. Class weights and `ignore_index` need reduction="sum".
 
     The other arguments are those of `FIM`.
 
     Raises:
-        ValueError: the loss is not convex in the outputs, and the representation needs a square root of H.
+        ValueError: the loss is not convex in the outputs, and the representation needs a square root of H; or the loss
+            of a batch is neither the sum nor the mean of those of its examples.
+        NotImplementedError: an operation of the loss has no second derivative.
     """
     return _matrix(
         model, loader, representation, Exact(OutputHessian(loss_fn)), layer_collection, options,
