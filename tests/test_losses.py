@@ -140,14 +140,18 @@ WEIGHED = {
     "CrossEntropy, smooth": (nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1), None, "weight"),
     "NLL": (nn.NLLLoss(weight=WEIGHT), nn.LogSoftmax(1), "weight"),
     "CrossEntropy without a class": (nn.CrossEntropyLoss(ignore_index=1), None, "ignore_index=1"),
-    "a function": (lambda f, t: F.cross_entropy(f, t, weight=WEIGHT), None, "weights"),
+    "a function": (lambda f, t: F.cross_entropy(f, t, weight=WEIGHT), None, "weight"),
     "a function without a class": (lambda f, t: F.cross_entropy(f, t, ignore_index=1), None, "ignore_index"),
     "weights of the examples": (
         lambda f, t: F.binary_cross_entropy_with_logits(f[:, 0], t.clamp(max=1).to(f), torch.arange(float(N))),
         None,
         "weights",
     ),
-    "examples that meet": (lambda f, t: F.cross_entropy(f - f.mean(0), t), None, "examples meet"),
+    "weights of the outputs of all": (
+        lambda f, t: F.binary_cross_entropy(f.sigmoid(), torch.ones_like(f), weight=torch.ones(N, 1)),
+        None,
+        "weights",
+    ),
 }
 
 

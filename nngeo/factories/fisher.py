@@ -155,8 +155,8 @@ def GGN(
     The other arguments are those of `FIM`.
 
     Raises:
-        ValueError: the loss is not convex in the outputs, and the representation needs a square root of H; or the loss
-            of a batch is neither the sum nor the mean of those of its examples.
+        ValueError: the loss is not convex in the outputs, and the representation needs a square root of H; or the
+            loss divides by class weights, or by the number of targets that are not ignored.
         NotImplementedError: an operation of the loss has no second derivative.
     """
     return _matrix(

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from nngeo.linalg.decompose import eigh
 from nngeo.variants.base import Cotangents, Variant, keep, working
 from nngeo.variants.margins import WrittenOut
+from nngeo.variants.weighing import Weighing
 
 
 class OutputHessian(Variant):
@@ -21,9 +22,8 @@ class OutputHessian(Variant):
 
     The mean over examples is taken later, so the loss is called on one example at a time. With reduction="sum" that is
     the loss of the example; with "mean" it is divided by whatever is averaged within an example: its outputs in
-    MSELoss, its positions in CrossEntropyLoss on tokens. On logits (b, C), "sum" and "mean" are the same. A loss of the
-    batch that is neither the sum nor the mean of these is refused: class weights and `ignore_index` cancel in the
-    "mean" of one example, and need "sum".
+    MSELoss, its positions in CrossEntropyLoss on tokens. On logits (b, C), "sum" and "mean" are the same. Class weights
+    and `ignore_index` cancel in the "mean" of one example, which is refused: use "sum".
 
     The cotangents need a convex loss and, for each example of o outputs, the eigendecomposition of an (o, o) matrix.
     `metric` needs neither. A mask removes rows and columns of the Hessian.
@@ -43,7 +43,7 @@ class OutputHessian(Variant):
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         f, counted = working(outputs), self.counted(outputs, targets, mask)
-        self._check(keep(counted, f), targets)
+        self._check(f, targets)
 
         def metric(v: Tensor) -> Tensor:
             product = self._products(f, targets, keep(counted, v.to(f.dtype))[None])[0]
@@ -112,47 +112,11 @@ class OutputHessian(Variant):
                 ) from error
 
     def _check(self, outputs: Tensor, targets: tuple[Any, ...]) -> None:
-        """Raise unless the loss of the batch is the sum or the mean of those of its examples."""
-        _check_module(self.loss_fn, targets)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                whole = self.loss_fn(outputs, *targets)
-            except Exception:  # whatever a loss raises that serves single examples only
-                return
-            if not isinstance(whole, Tensor) or whole.numel() not in (1, len(outputs)):
-                return
-            try:
-                single = vmap(self._loss, in_dims=(0, *_axes(targets, outputs)))(outputs, *targets)
-            except RuntimeError:  # vmap does not know the loss
-                single = torch.stack([self._loss(x, *_example(targets, b)) for b, x in enumerate(outputs)])
-        wanted = [single.sum(), single.mean()] if whole.numel() == 1 else [single]
-        tolerance = 10 * torch.finfo(outputs.dtype).eps ** 0.5 * float(single.abs().sum())
-        if not any(bool(((whole.reshape(x.shape) - x).abs() <= tolerance).all()) for x in wanted):
-            raise ValueError(
-                "`loss_fn` of a batch is neither the sum nor the mean of the losses of its examples. Class weights and "
-                "`ignore_index` with reduction='mean' do that, as they cancel where an example is alone: use "
-                "reduction='sum'. Losses in which examples meet have no generalized Gauss-Newton matrix of this form."
-            )
-
-
-def _check_module(loss_fn: Any, targets: tuple[Any, ...]) -> None:
-    """Raise for losses of torch that divide by the weights of a batch: a batch of one example would not show it."""
-    if not isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss) or loss_fn.reduction != "mean" or not targets:
-        return
-    target = targets[0]
-    if not isinstance(target, Tensor) or target.is_floating_point():
-        return
-    name, why = type(loss_fn).__name__, ""
-    if loss_fn.weight is not None:
-        why = "weight=..."
-    elif bool((target == loss_fn.ignore_index).any()):
-        why = f"ignore_index={loss_fn.ignore_index}"
-    if why:
-        raise ValueError(
-            f"`loss_fn` is {name}({why}, reduction='mean'), which divides by the weight of what counts in a batch: in "
-            "the loss of one example that cancels. Use reduction='sum'; the matrix is the mean over the examples."
-        )
+        """Raise where the loss weighs the examples of a batch: by a call on the first one."""
+        if len(outputs):
+            with torch.no_grad(), Weighing() as weighing:
+                self._loss(outputs[0], *_example(targets, 0))
+            weighing.check(targets)
 
 
 def _axes(targets: tuple[Any, ...], outputs: Tensor) -> list[int | None]:
