@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,9 @@ from nngeo.generators.differentiable import (
 )
 from nngeo.generators.independence import FirstExamples, check_alone, check_independence
 from nngeo.generators.lean import Lean, is_compiled
+from nngeo.generators.remembered import Remembered
 from nngeo.generators.sources import Replay
+from nngeo.generators.truth import has_zeros
 from nngeo.layers.collection import LayerCollection
 
 # Elements that one vector leaves in memory from which on many, taken together, are slower than one by one on a CPU.
@@ -55,6 +57,20 @@ class Linearized:
     together: Callable[[], int]
 
 
+@dataclass
+class Facts:
+    """What the first mini-batch has shown of a model and a function; remembered for their structure."""
+
+    reads: bool  # whether Python reads values of tensors, so that every mini-batch has to be tested
+    forward_mode: bool  # whether forward mode and gradients are of one function
+    push: Backward = field(default_factory=Backward)
+    pull: Backward = field(default_factory=Backward)
+    footprint: Footprint = field(default_factory=Footprint)
+
+
+_FACTS: Remembered[Facts] = Remembered()
+
+
 class Linearizer:
     """Linearizes a model at mini-batches, in the cheapest way in which it can be.
 
@@ -67,13 +83,15 @@ class Linearizer:
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection):
         self.model, self.function, self.layers = model, function, layers
         self._replay = Replay(model, function)
-        padded = any(getattr(module, "padding_idx", None) is not None for module in model.modules())
-        self._forward_mode = not padded
         self._apart: dict[tuple, list[bool]] = {}
         self._compiled = is_compiled(model, function)
-        self._known = False  # whether the first mini-batch has been looked at
-        self._reads = False  # whether Python reads values of tensors, so that every mini-batch has to be tested
-        self.push, self.pull, self.footprint = Backward(), Backward(), Footprint()
+        self._facts: Facts | None = None  # known when the first mini-batch has been looked at
+
+    @property
+    def facts(self) -> Facts:
+        """What the first mini-batch has shown, which `look_at` has been given."""
+        assert self._facts is not None
+        return self._facts
 
     def setting(self) -> Setting:
         """For the mini-batches of one product."""
@@ -85,7 +103,7 @@ class Linearizer:
         Without `pulls` nothing is pulled back, so that one vector needs no graph.
         """
         self.look_at(batch)
-        if rows is not None and len(rows) == 1 and self._forward_mode:
+        if rows is not None and len(rows) == 1 and self.facts.forward_mode:
             found = self._forward(batch, rows, setting, pulls)
             self._check(batch, found.outputs)
             return found
@@ -99,29 +117,37 @@ class Linearizer:
         return graph
 
     def _check(self, batch: Batch, outputs: Tensor) -> None:
-        if self._reads:
+        if self.facts.reads:
             check_alone(self.model, self.function, batch, outputs, self.apart(batch))
 
     def look_at(self, batch: Batch) -> None:
-        """On the first mini-batch, test what the model does with two of its examples.
+        """On the first mini-batch of a structure, test what the model does with a few of its examples.
 
         Raises:
             ValueError: its examples influence each other, or the outputs are none.
         """
-        if self._known:
+        if self._facts is not None:
+            return
+        known = _FACTS.of(self.model, self.function, self.layers)
+        if (facts := known.get(batch.kind)) is not None:
+            self._facts = facts
             return
         with differentiable(self.model, self.layers):
             examples = FirstExamples.of(batch)
             first = check_independence(self.model, self.function, examples)
-            own, self._reads = has_own_functions(first.outputs), first.reads
+            own = has_own_functions(first.outputs)
+        padded = any(getattr(module, "padding_idx", None) is not None for module in self.model.modules())
+        self._facts = Facts(reads=first.reads, forward_mode=False)
         try:
             with quiet():
-                self._forward_mode = self._forward_mode and self._is_adjoint(examples.few)
-        except Exception:  # whatever a model raises in a way it was not made for: it has run in the plain one
-            self._forward_mode = False
-        if own or not self._forward_mode:
-            self._check_second_derivatives(examples.few)
-        self._known = True
+                self._facts.forward_mode = not padded and self._has_forward_mode(examples.few)
+            if own or not self._facts.forward_mode:
+                self._check_second_derivatives(examples.few)
+        except Exception:
+            self._facts = None
+            raise
+        if not has_zeros(self.model):  # what is behind a parameter that is zero has not been seen
+            known[batch.kind] = self._facts
 
     def load(self, batch: Batch) -> float:
         """What the graph of one example takes of a budget."""
@@ -134,8 +160,8 @@ class Linearizer:
 
     def kept(self, batch: Batch) -> int:
         """Elements that the graph of a batch keeps; the first time, it costs a forward of two examples."""
-        with nullcontext() if self.footprint.known else differentiable(self.model, self.layers):
-            return self.footprint.of(batch, self.model, self.run)
+        with nullcontext() if self.facts.footprint.known else differentiable(self.model, self.layers):
+            return self.facts.footprint.of(batch, self.model, self.run)
 
     def lean(self, mode: Lean) -> AbstractContextManager[Any]:
         """The mode in which the model is run, if it is in any."""
@@ -145,9 +171,12 @@ class Linearizer:
         """The outputs (b, ...), with their graph."""
         return self._replay(batch.content)
 
-    def _is_adjoint(self, batch: Batch) -> bool:
+    def _has_forward_mode(self, batch: Batch) -> bool:
         """Whether <w, J v> = <J' w, v> for random v and w: forward mode and gradients are of one function."""
-        return self._are_adjoint(batch, lambda v, graph, setting: self._forward(batch, v, setting).push(v))
+        try:
+            return self._are_adjoint(batch, lambda v, graph, setting: self._forward(batch, v, setting).push(v))
+        except Exception:  # whatever a model raises in a way it was not made for: it has run in the plain one
+            return False
 
     def _check_second_derivatives(self, batch: Batch) -> None:
         """Raise unless the backward passes that the model brings along can be differentiated."""
@@ -191,7 +220,7 @@ class Linearizer:
             if outputs.requires_grad:
                 try:
                     with torch.autocast(outputs.device.type, enabled=False):
-                        found = self.pull([outputs], leaves, [w.to(outputs)], 1)
+                        found = self.facts.pull([outputs], leaves, [w.to(outputs)], 1)
                 except CheckpointError:  # activation checkpointing has run the model again, with its own parameters
                     return ReverseGraph(self, batch, setting).pull(w, setting)
             return found
@@ -251,7 +280,7 @@ class ReverseGraph:
             if not pairs:
                 return nothing
             elements = self.elements() if m > 1 else 1
-            (pushed,) = self._by.push([g for g, _ in pairs], [w], [t for _, t in pairs], elements)
+            (pushed,) = self._by.facts.push([g for g, _ in pairs], [w], [t for _, t in pairs], elements)
         return nothing if pushed is None else pushed.detach()
 
     def pull(self, w: Tensor, setting: Setting) -> list[Tensor | None]:
@@ -260,5 +289,5 @@ class ReverseGraph:
         if self._outputs.requires_grad:
             with setting.entered():
                 elements = self.elements() if len(w) > 1 else 1
-                found = self._by.pull([self._outputs], self._leaves, [w.to(self._outputs)], elements)
+                found = self._by.facts.pull([self._outputs], self._leaves, [w.to(self._outputs)], elements)
         return [None if g is None else g.detach() for g in found]

@@ -59,7 +59,10 @@ def jmp(model: nn.Module, x: Any, m: Any = None, wrt: Wrt = "input", **options: 
         v = columns(m, "m", at.domain, rows=False)
         if len(v) and len(v) * at.push_cost() <= at.codomain.d * (at.pull_cost() + len(v) * at.domain.d):
             return finished(at.push(v).permute(1, 2, 0), at)
-        return finished(at.jacobian() @ m, at)
+        j = at.jacobian()
+        # Shared columns are multiplied with the rows of all examples at once.
+        shared = len(v) and m.ndim == 2
+        return finished((j.flatten(0, 1) @ m).unflatten(0, j.shape[:2]) if shared else j @ m, at)
 
 
 def mjp(model: nn.Module, x: Any, m: Any = None, wrt: Wrt = "input", **options: Unpack[Options]) -> Tensor:

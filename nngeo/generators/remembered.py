@@ -1,0 +1,37 @@
+"""What was found out about a model, kept as long as its structure and the function that runs it are the same."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from nngeo.generators.batches import Function
+from nngeo.generators.signature import code_of, signature
+from nngeo.layers.collection import LayerCollection
+
+Found = TypeVar("Found")
+
+# Structures and functions remembered for one model.
+MOST = 64
+
+
+class Remembered(Generic[Found]):
+    """Things found by structure, layers and code of the function. They must not refer to the model."""
+
+    def __init__(self) -> None:
+        self._found: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Found]]] = weakref.WeakKeyDictionary()
+
+    def of(self, model: nn.Module, function: Function | None, layers: LayerCollection) -> dict[Any, Found]:
+        """What is known, by whatever keys the caller uses; empty, and to be filled, at first."""
+        key = signature(model, layers), None if function is None else code_of(function)
+        try:
+            hash(key)
+        except TypeError:  # what such a function refers to can't be compared: it is looked at every time
+            return {}
+        known = self._found.setdefault(model, {})
+        found = known.setdefault(key, {})
+        if len(known) > MOST:
+            del known[next(iter(known))]  # the oldest
+        return found
