@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nngeo import FIM, PMatDense, PMatDiag, PMatImplicit, PVector
-from nngeo.generators import lean
 
 
 def batch(size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -91,21 +89,6 @@ def test_outputs_of_too_few_examples_are_refused_in_words():
     matrix = FIM(model, [(x[:10], y[:10]), (x[10:], y[10:])], PMatImplicit, "classif_logits")
     with pytest.raises(ValueError, match="the first axis should be the batch"):
         matrix.mv(PVector.from_model(model))
-
-
-COMPILED: dict[str, Callable[[nn.Module], Any]] = {
-    "wrapped": lambda model: torch.compile(model, backend="eager"),
-    "in place": lambda model: model.compile(backend="eager"),
-    "a part": lambda model: setattr(model, "0", torch.compile(model[0], backend="eager")),  # type: ignore[index]
-}
-
-
-@pytest.mark.parametrize("how", COMPILED)
-def test_compiled_models_are_recognized(how):
-    model = nn.Sequential(nn.Linear(10, 3))
-    assert not lean.is_compiled(model, None)
-    assert lean.is_compiled(COMPILED[how](model) or model, None)
-    assert lean.is_compiled(nn.Linear(1, 1), torch.compile(model.forward, backend="eager"))
 
 
 class Sine(torch.autograd.Function):

@@ -21,7 +21,6 @@ from nngeo.products import (
     jmjTp,
     jmp,
     jTmjp,
-    jvp,
     mjp,
 )
 from tests.product_settings import exact
@@ -157,16 +156,3 @@ def test_a_matrix_of_other_layers_is_named():
     layers = LayerCollection.from_model(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)))
     with pytest.raises(ValueError, match=r"PMatDiag is over the layers 0, 1 .* those of 0, 2"):
         jmjTp(perceptron(), reals(2, 3), PMatDiag(layers, data=reals(layers.numel())), "weight")
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["compiled", "scripted", "inside"])
-def test_compiled_models_have_no_derivatives_by_weights(kind):
-    model, x = perceptron(), reals(2, 3)
-    if kind == "scripted":
-        model, advice = torch.jit.script(model), "before torch.jit"
-    else:
-        compiled, advice = torch.compile(model, backend="eager"), "_orig_mod"
-        model = nn.Sequential(compiled) if kind == "inside" else compiled
-    with pytest.raises(NotImplementedError, match=advice):
-        jvp(model, x, torch.ones(26), "weight")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nngeo.generators.batches import Function
 from nngeo.generators.record import BatchRecord
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.models import check_structure, check_usable
 
 if TYPE_CHECKING:
     from nngeo.generators.kept import LinearizedGenerator
@@ -67,6 +68,8 @@ class Generator(ABC):
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
     """The device of the model, which is where batches go; raises if `device` is another one, or there are several."""
+    check_structure(model)
+    check_usable(model)
     devices = {p.device: name for name, p in model.named_parameters()}
     if not devices:
         raise ValueError(f"{type(model).__name__} has no parameters.")

@@ -52,12 +52,6 @@ class Lean(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def is_compiled(model: nn.Module, function: Any) -> bool:
-    """Whether torch.compile would have to compile parts of a model anew in a `Lean`, and this mode with them."""
-    calls = (call for m in model.modules() for call in (m.forward, m._compiled_call_impl))
-    return any(hasattr(call, "_torchdynamo_orig_callable") for call in (function, *calls))
-
-
 def _plain(inputs: list[Any]) -> bool:
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     return (

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -27,7 +26,7 @@ from nngeo.generators.differentiable import (
     split_by_parameter,
 )
 from nngeo.generators.independence import FirstExamples, check_alone, check_independence
-from nngeo.generators.lean import Lean, is_compiled
+from nngeo.generators.lean import Lean
 from nngeo.generators.remembered import Remembered
 from nngeo.generators.sources import Replay
 from nngeo.generators.truth import has_zeros
@@ -84,7 +83,6 @@ class Linearizer:
         self.model, self.function, self.layers = model, function, layers
         self._replay = Replay(model, function)
         self._apart: dict[tuple, list[bool]] = {}
-        self._compiled = is_compiled(model, function)
         self._facts: Facts | None = None  # known when the first mini-batch has been looked at
 
     @property
@@ -163,10 +161,6 @@ class Linearizer:
         with nullcontext() if self.facts.footprint.known else differentiable(self.model, self.layers):
             return self.facts.footprint.of(batch, self.model, self.run)
 
-    def lean(self, mode: Lean) -> AbstractContextManager[Any]:
-        """The mode in which the model is run, if it is in any."""
-        return nullcontext() if self._compiled else mode
-
     def run(self, batch: Batch) -> Tensor:
         """The outputs (b, ...), with their graph."""
         return self._replay(batch.content)
@@ -211,7 +205,7 @@ class Linearizer:
             with torch._C.DisableTorchFunction():  # whose modes would look at every step
                 leaves = [p.detach().requires_grad_(pulls) for p in setting.parameters]
                 duals = [forward_ad.make_dual(leaf, tangent) for leaf, tangent in zip(leaves, tangents, strict=True)]
-            with self.lean(Lean(dual=True)), setting.replaced(self._replay, duals):
+            with Lean(dual=True), setting.replaced(self._replay, duals):
                 outputs = self.run(batch)
             outputs, tangent = forward_ad.unpack_dual(outputs)
 
@@ -241,7 +235,7 @@ class ReverseGraph:
         self._by, self.size = linearizer, batch.size
         self._leaves = setting.parameters
         self._lean = Lean(dual=False)
-        with setting.entered(), linearizer.lean(self._lean):
+        with setting.entered(), self._lean:
             self._outputs = linearizer.run(batch)
         self.outputs = self._outputs.detach()
         self._batch = batch

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,20 +19,23 @@ class Snapshot:
 
     def __init__(self, model: nn.Module):
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-        places: list[dict[str, Any]] = [place for m in model.modules() for place in (m._buffers, vars(m))]
+        # The attributes of scripted modules are not Python's; they have parameters and buffers.
+        own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        places: list[dict[str, Any]] = [place for m in own for place in (m._buffers, vars(m))]
         self._before = [
             (place, len(place), {k: v for k, v in place.items() if k not in _INTERNAL and isinstance(v, _STATE)})
             for place in places
         ]
         tensors = [x for _, _, found in self._before for x in found.values() if isinstance(x, Tensor)]
+        tensors += [x for m in model.modules() if isinstance(m, torch.jit.ScriptModule) for x in m.buffers(False)]
         self._copies = [(x, x.detach().clone()) for x in tensors]
         self._device = self._parameters[0][0].device.type if self._parameters else "cpu"
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Restore the model on leaving. Inside, inference mode and autocast are off."""
+        """Restore the model on leaving. Inside, inference mode and autocast are off, and nothing is run compiled."""
         try:
-            with torch.inference_mode(False), torch.autocast(self._device, enabled=False):
+            with torch.inference_mode(False), torch.autocast(self._device, enabled=False), _eager():
                 yield
         finally:
             for p, flag, grad in self._parameters:
@@ -49,6 +53,12 @@ class Snapshot:
                 for x, copy in self._copies:
                     if not torch.equal(x, copy):
                         x.copy_(copy)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Inside, what torch.compile has compiled is run as it was written: hooks, modes and second derivatives work."""
+    # Without it nothing has been compiled, and to import it takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 _STATE = (type(None), bool, int, float, str, Tensor)

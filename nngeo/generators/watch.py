@@ -119,6 +119,8 @@ def watch(model: nn.Module, names: Collection[str], b: int, added: Collection[st
     handles = []
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
+        if isinstance(modules[name], torch.jit.ScriptModule):  # of which nothing is seen; it has no parameters
+            continue
 
         def note(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> Any:
             if not seen.open:  # activation checkpointing runs the module again in the backward pass

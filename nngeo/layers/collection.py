@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nngeo.layers.fingerprint import fingerprint
+from nngeo.layers.models import check_structure
 from nngeo.linalg.arguments import shown
 
 LayerChoice = str | type[nn.Module]
@@ -89,6 +90,7 @@ class LayerCollection:
         Raises:
             ValueError: a name or type that chooses nothing (the layers there are, are listed), or no layer left.
         """
+        check_structure(model)
         owners = list(_owners(model, frozen))
         chosen = [layer for _, layer in owners] if layers is None else _choose(owners, layers)
         if not chosen and owners:

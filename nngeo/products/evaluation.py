@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.mappings import as_dicts
+from nngeo.layers.models import check_usable
 
 Wrt = str | Sequence[str]
 Place = int | str  # of an argument: its position, or its key
@@ -60,6 +61,7 @@ class Evaluation:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` is a {type(model).__name__}; it should be a torch.nn.Module.")
+        check_usable(model)
         if isinstance(x, Tensor):
             content: Any = (x,)
         elif isinstance(x, Mapping):

@@ -11,6 +11,7 @@ from torch import nn
 
 from nngeo.generators.batches import Function
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.models import check_structure
 from nngeo.products.contexts import frozen, undisturbed
 from nngeo.products.differential import BUDGET, Differential
 from nngeo.products.evaluation import Evaluation, Wrt
@@ -77,19 +78,8 @@ def of_weights(wrt: Wrt) -> bool:
 
 
 def layers_of(model: nn.Module, layer_collection: LayerCollection | None) -> LayerCollection:
-    """The layers asked for, by default all of the model that are trained.
-
-    Raises:
-        NotImplementedError: the model is compiled or scripted.
-    """
-    for name, module in model.named_modules():
-        compiled = "_orig_mod" in module._modules
-        if compiled or isinstance(module, torch.jit.ScriptModule):
-            instead = "model._orig_mod, the module that was compiled" if compiled else "the module before torch.jit"
-            raise NotImplementedError(
-                f"Module {name!r} ({type(module).__name__}) is a {'compiled' if compiled else 'scripted'} module, of "
-                f"which the inputs of the layers are not seen: derivatives by weights need {instead}."
-            )
+    """The layers asked for, by default all of the model that are trained."""
+    check_structure(model)
     layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
     if not len(layers):
         raise ValueError("`layer_collection` has no layers; make one by LayerCollection.from_model(model).")

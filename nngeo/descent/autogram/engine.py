@@ -20,6 +20,7 @@ from nngeo.descent.autogram.pulled import Pulled
 from nngeo.descent.autojac import arguments
 from nngeo.generators.sources import candidates, uses_of
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.models import check_usable
 
 
 class Engine:
@@ -52,6 +53,8 @@ class Engine:
         if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, int)):
             raise TypeError(f"batch_dim should be an axis of the losses, or None, found {batch_dim!r}.")
         self.modules, self.batch_dim = modules, batch_dim
+        for module in modules:
+            check_usable(module)
         self._model = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
         self._watcher = Watcher()
         self._handles: list[RemovableHandle] = []
