@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nngeo.linalg.cg import CGResult, Product
+from nngeo.linalg.refinement import Product, Solution, refined
 
 
-@torch.no_grad()
 def minimal_residuals(
     product: Product,
     b: Tensor,
@@ -18,28 +17,28 @@ def minimal_residuals(
     atol: float = 0.0,
     max_iter: int | None = None,
     precondition: Product | None = None,
-) -> CGResult:
+) -> Solution:
     """Solutions x (m, P) of `product(x) = b` for a symmetric product of rows (m, P), which may be indefinite.
 
-    One product an iteration and row, seven vectors of memory for each row. It stops as `conjugate_gradients` does; the
-    residual, not that of a preconditioned problem, is carried along. A singular system is solved if b is in the range.
+    One product an iteration and row, seven vectors of memory for each row. It stops as `conjugate_gradients` does, on
+    the residual, not on that of a preconditioned problem. A singular system is solved if b is in the range.
     In the letters of Elman, Silvester & Wathen (2014, preconditioned MINRES).
 
     Args:
         max_iter: 10 P, at most 1000, if None.
         precondition: an approximation of the inverse of `product`, symmetric positive definite.
     """
-    limit = min(10 * b.shape[-1], 1000) if max_iter is None else max_iter
-    precondition = precondition or torch.clone
-    # A right-hand side of zero has a tolerance of zero, too: only the start at zero reaches it.
-    x = torch.zeros_like(b) if x0 is None else torch.where(b.any(-1, keepdim=True), x0, 0)
-    r = b.clone() if x0 is None else b - product(x)
-    target = (rtol * b.norm(dim=-1)).clamp(min=atol)
-    active = (r.norm(dim=-1) > target).nonzero()[:, 0]
-    v = r.clone()
-    z = torch.zeros_like(b)
-    if len(active):
-        z[active] = precondition(v[active])
+
+    def run(r: Tensor, target: Tensor, limit: int) -> tuple[Tensor, int, bool]:
+        return _run(product, precondition or torch.clone, r, target, limit)
+
+    return refined(run, product, b, x0=x0, rtol=rtol, atol=atol, max_iter=max_iter)
+
+
+def _run(product: Product, precondition: Product, b: Tensor, target: Tensor, limit: int) -> tuple[Tensor, int, bool]:
+    x, r, v = torch.zeros_like(b), b.clone(), b.clone()
+    active = torch.arange(len(b), device=b.device)
+    z = precondition(v)
     gamma = _length(v, z)
     v_old, gamma_old, eta = torch.zeros_like(b), torch.ones_like(gamma), gamma.clone()
     w, w_old, q, q_old = (torch.zeros_like(b) for _ in range(4))  # q is the product with w
@@ -71,9 +70,7 @@ def minimal_residuals(
         v_old[i], v[i], z[i], gamma_old[i], gamma[i] = v[i], v_new, z_new, gamma[i], gamma_new
         iterations += 1
         active = i[(r[i].norm(dim=-1) > target[i]) & alive & (gamma_new > 0)]
-    norms = r.norm(dim=-1)
-    relative = norms / b.norm(dim=-1).clamp(min=torch.finfo(b.dtype).tiny)
-    return CGResult(x, relative, iterations, bool((norms <= target).all()), indefinite)
+    return x, iterations, indefinite
 
 
 def _length(v: Tensor, z: Tensor) -> Tensor:

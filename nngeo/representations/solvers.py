@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nngeo.linalg.cg import CGResult, ConvergenceWarning, conjugate_gradients
+from nngeo.linalg.cg import ConvergenceWarning, conjugate_gradients
 from nngeo.linalg.lsmr import least_squares
 from nngeo.linalg.minres import minimal_residuals
+from nngeo.linalg.refinement import Solution
 from nngeo.representations.coordinates import coordinates
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class SolveReport:
 
     solver: str
     iterations: int
-    residual: float  # relative to the right-hand side, the largest of all vectors
-    converged: bool
+    residual: float  # |v - (M + regul I) x| / |v|, computed from the x returned; the largest of all vectors
+    converged: bool  # whether it is at most `rtol`, for all vectors
 
 
 Map = Callable[[Tensor], Tensor]
@@ -77,7 +78,7 @@ def cg(
     v: Tensor,
     regul: float,
     *,
-    rtol: float = 1e-6,
+    rtol: float | None = None,
     atol: float = 0.0,
     max_iter: int | None = None,
     x0: Any = None,
@@ -87,9 +88,11 @@ def cg(
     """`(M + regul I)^-1 v` (..., P) by conjugate gradients: one product for each iteration and vector.
 
     For positive definite matrices. All vectors advance together; a product serves those that are not done.
+    The residual is computed from the solution, at one product more; where the recurrence was too sure of it, another
+    run solves for what is left. In float32 it does not fall much below 1e-7 times the condition number.
 
     Args:
-        rtol: residual at which it stops, relative to v.
+        rtol: residual at which it stops, relative to v; if None 1e-6, or 1e-5 in float32.
         atol: or residual at which it stops, if that is larger.
         max_iter: 10 P, at most 1000, if None.
         x0: where it starts: PVector, PFMapDense or tensor (..., P).
@@ -97,7 +100,7 @@ def cg(
         report: called with a SolveReport: `F.solve(v, solve="cg", report=reports.append)`.
 
     Warns:
-        ConvergenceWarning: the tolerance was not reached; with the residual and iterations.
+        ConvergenceWarning: the residual is above the tolerance; with the residual and iterations.
     """
     run = partial(conjugate_gradients, precondition=_precondition(matrix, preconditioner, regul))
     return _solved("CG", run, matrix, v, regul, x0, report, rtol=rtol, atol=atol, max_iter=max_iter)
@@ -109,7 +112,7 @@ def minres(
     v: Tensor,
     regul: float,
     *,
-    rtol: float = 1e-6,
+    rtol: float | None = None,
     atol: float = 0.0,
     max_iter: int | None = None,
     x0: Any = None,
@@ -130,7 +133,7 @@ def lsmr(
     v: Tensor,
     regul: float,
     *,
-    rtol: float = 1e-6,
+    rtol: float | None = None,
     atol: float = 0.0,
     max_iter: int | None = None,
     x0: Any = None,
@@ -139,9 +142,8 @@ def lsmr(
     """The x (..., P) that brings `(M + regul I) x` nearest to v, by SciPy's LSMR (Fong & Saunders, 2011).
 
     For matrices that may be singular, with `regul=0`: without a solution it is the one of least squares, and of all of
-    these the nearest to `x0`, if it is none the smallest. Two products an iteration, in float64 and one vector after
-    the other. It stops where the residual, or its product with M, is below `rtol` relative to the norms of M, x and v:
-    for a badly conditioned matrix that is a larger residual than that of `cg` at the same `rtol`.
+    these the nearest to `x0`, if it is none the smallest; reported as not converged, as its residual is not small, but
+    without a warning. Two products an iteration, in float64 and one vector after the other.
 
     The arguments are those of `cg`, without a preconditioner. `max_iter` is 10 P, at most 1000, if None.
     """
@@ -161,7 +163,7 @@ def _precondition(matrix: PMat, preconditioner: PMat | None, regul: float) -> Ma
 
 def _solved(
     name: str,
-    run: Callable[..., CGResult],
+    run: Callable[..., Solution],
     matrix: PMat,
     v: Tensor,
     regul: float,
@@ -171,6 +173,8 @@ def _solved(
 ) -> Tensor:
     """The solutions of rows (..., P), differentiable in v."""
     start = None if x0 is None else coordinates(x0, matrix.layer_collection)[0].detach()
+    if tolerances["rtol"] is None:
+        tolerances["rtol"] = 1e-6 if torch.finfo(v.dtype).eps < 1e-10 else 1e-5
 
     def solve(rhs: Tensor, start: Tensor | None = None, report: Callable[[SolveReport], Any] | None = None) -> Tensor:
         rows = rhs.reshape(-1, rhs.shape[-1])
@@ -179,11 +183,16 @@ def _solved(
         residual = float(found.residuals.max()) if len(rows) else 0.0
         if report is not None:
             report(SolveReport(name.lower(), found.iterations, residual, found.converged))
-        if not found.converged:
-            cause = " (a direction of no positive curvature was met)" if found.indefinite else ""
+        if not found.converged and not (found.nearest and regul == 0):
+            cause, help = "", "raise `max_iter` or `regul`, or give a `preconditioner`"
+            if found.stalled:
+                cause = f" (it falls no further: rounding in {v.dtype}, or a singular matrix)"
+                help = "raise `regul` or `rtol`, or use float64"
+            if found.indefinite:
+                cause = " (a direction of no positive curvature was met)"
             warnings.warn(
                 f"{name} stopped after {found.iterations} iterations at a relative residual of {residual:.1e}, above "
-                f"rtol={tolerances['rtol']:.1e}{cause}: raise `max_iter` or `regul`, or give a `preconditioner`.",
+                f"rtol={tolerances['rtol']:.1e}{cause}: {help}.",
                 ConvergenceWarning,
                 stacklevel=2,
             )

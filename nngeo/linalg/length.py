@@ -1,0 +1,15 @@
+"""The Euclidean length, at any scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def length(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The Euclidean length along `dim`, or of all entries, with squares taken in float64; differentiable.
+
+    In float32 the squares of 1e-23 are zero, and those of 1e20 infinite.
+    """
+    wide = torch.promote_types(x.dtype, torch.float64)
+    return torch.linalg.vector_norm(x, dim=dim, dtype=wide).to(x.dtype.to_real())
