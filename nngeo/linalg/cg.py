@@ -35,7 +35,7 @@ def conjugate_gradients(
     def run(r: Tensor, target: Tensor, limit: int) -> tuple[Tensor, int, bool]:
         return _run(product, precondition or torch.clone, r, target, limit)
 
-    return refined(run, product, b, x0=x0, rtol=rtol, atol=atol, max_iter=max_iter)
+    return refined(run, product, b, x0=x0, rtol=rtol, atol=atol, max_iter=max_iter, energy=True)
 
 
 def _run(product: Product, precondition: Product, b: Tensor, target: Tensor, limit: int) -> tuple[Tensor, int, bool]:

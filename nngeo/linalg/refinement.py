@@ -40,15 +40,18 @@ def refined(
     rtol: float = 1e-6,
     atol: float = 0.0,
     max_iter: int | None = None,
+    energy: bool = False,
 ) -> Solution:
     """Solutions x (m, P) of `product(x) = b` by one run, and by further runs for what is left of b after it.
 
     The residual that a recurrence carries along goes on falling where rounding keeps the true one up. So it is computed
     after each run, at one product. A row is done when it is at most `max(rtol |b|, atol)`, or has not become smaller by
-    half; the best x is kept, so that no row ends farther away than it began.
+    half. A run that ends farther away than it began is not taken.
 
     Args:
         max_iter: of all runs together: 10 P, at most 1000, if None.
+        energy: whether `x'Ax/2 - b'x` tells what is nearer, as it does for a positive definite matrix: conjugate
+            gradients lower it in each step, in which the residual may grow.
     """
     limit = min(10 * b.shape[-1], 1000) if max_iter is None else max_iter
     # A right-hand side of zero has a tolerance of zero, too: only the start at zero reaches it.
@@ -64,11 +67,13 @@ def refined(
         new = x[left] + before[:, None] * step
         residual = b[left] - product(new)
         after = length(residual, -1)
-        better = after < before
-        rows = left[better]
-        x[rows], r[rows], lengths[rows] = new[better], residual[better], after[better]
         iterations, indefinite = iterations + max(count, 1), indefinite or curved
+        # The energy falls by step'(r + residual) / 2, as A step = r - residual.
+        fallen = (step * (r[left] + residual)).sum(-1) if energy else before - after
+        taken = fallen > 0
+        rows = left[taken]
+        x[rows], r[rows], lengths[rows] = new[taken], residual[taken], after[taken]
         left = left[(after > target[left]) & (after <= before / 2)]
     relative = lengths / sizes.clamp(min=torch.finfo(b.dtype).tiny)
     converged = bool((lengths <= target).all())
-    return Solution(x, relative, iterations, converged, indefinite, not converged and not len(left))
+    return Solution(x, relative, iterations, converged, indefinite, not converged and iterations < limit)
