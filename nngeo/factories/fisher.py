@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from nngeo.generators import JacobianGenerator
 from nngeo.generators.batches import Function, Target
 from nngeo.layers import LayerCollection
 from nngeo.representations import PMat
-from nngeo.variants import Empirical, Estimator, Exact, MonteCarlo, OutputHessian, Variant, make_variant
+from nngeo.variants import Empirical, Estimator, Exact, MonteCarlo, OutputHessian, TokenLogits, Variant, make_variant
 
 Matrix = TypeVar("Matrix", bound=PMat)
 
@@ -49,7 +50,7 @@ def FIM(
             the model's keyword arguments.
         representation: a class such as PMatDiag or PMatKFAC; `options` go to it.
         variant: "regression", "classif_logits", "classif_logsoftmax", "classif_binary_logits",
-            "segmentation_logits", "token_logits", "poisson_log_rate", a Variant, or a function
+            "segmentation_logits", "token_logits", "causal_lm", "poisson_log_rate", a Variant, or a function
             `outputs, *targets -> c (k, b, ...)` with the sum of c c' over k as metric.
         device: None, or where the model already is.
         function: called as `function(*batch)` (or `function(batch)` with a dict) in place of `model(batch[0])` (or
@@ -58,10 +59,11 @@ def FIM(
         verbose: show a progress bar.
         n_output: the number of outputs to expect; not needed.
         mask: which positions count: a function of the batch that returns booleans (b, *positions), or a key of dict
-            batches. With "token_logits" and dict batches, "attention_mask" by default.
+            batches. With "token_logits" or "causal_lm" and dict batches, "attention_mask" by default.
         target: which entry of a batch is the target: its index, its key, or a function of the batch. By default what
             follows the inputs; with a function, the last entry; in a dict the "labels".
-        ignore_index: target of positions that do not count ("segmentation_logits", "token_logits"); None: all count.
+        ignore_index: target of positions that do not count ("segmentation_logits", "token_logits", "causal_lm");
+            None: all count.
         covariance: of the noise of "regression": a number, (o,) variances or (o, o); by default 1.
         check: compare the layers' rules with autograd on a few examples, once for a model: about fifteen forward or
             backward passes of up to six examples. Without it, unusual uses of parameters are not found.
@@ -181,5 +183,17 @@ def _matrix(
     **settings: Any,
 ) -> Matrix:
     layers = layers_for(model, loader, layer_collection)
+    if isinstance(estimator.variant, TokenLogits) and settings["function"] is None and _shifts_labels(model):
+        warnings.warn(
+            f"{type(model).__name__} predicts the next token, and its labels are those of the tokens themselves, but "
+            "variant='token_logits' compares logits and targets of one position. Use variant='causal_lm', or shift "
+            "them in `function=`.",
+            stacklevel=3,
+        )
     generator = JacobianGenerator(model, estimator, **settings)
     return checked(representation, (PMat,), options)(layers, generator, examples=loader, **options)
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether it is a causal language model of transformers, by its name."""
+    return any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(model).__mro__)

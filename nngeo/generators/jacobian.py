@@ -205,14 +205,14 @@ class JacobianGenerator(Generator):
         # Of an encoder-decoder model it is the mask of the other side.
         decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         padded = self.estimator.variant.padded and isinstance(batch.named.get("attention_mask"), Tensor)
-        return batch.mask("attention_mask") if padded and not decoder else None
+        return self.estimator.variant.attended(batch.mask("attention_mask")) if padded and not decoder else None
 
     def _masks(self, outputs: Tensor, group: list[Batch]) -> list[Tensor]:
         """(b, *positions), True for what the mask and those of the attention leave out; of mini-batches as one."""
         parts = zip(outputs.detach().split([batch.size for batch in group]), group, strict=True)
         by_batch = [
             [
-                *([] if (mask := self._mask(batch)) is None else [self.estimator.variant.left_out(part, mask)]),
+                *([] if self.mask is None else [self.estimator.variant.left_out(part, batch.mask(self.mask))]),
                 *(~batch.mask(key) for key in MASK_KEYS if _is_mask(batch.named.get(key), batch.size)),
             ]
             for part, batch in parts

@@ -3,6 +3,7 @@
 from nngeo.variants.base import Cotangents, Variant
 from nngeo.variants.bernoulli import BinaryLogits
 from nngeo.variants.categorical import ClassifLogits, SegmentationLogits, TokenLogits
+from nngeo.variants.causal import CausalLM
 from nngeo.variants.estimators import Empirical, Estimator, Exact, MonteCarlo
 from nngeo.variants.gaussian import Identity, Regression
 from nngeo.variants.logsoftmax import ClassifLogSoftmax
@@ -13,6 +14,7 @@ from nngeo.variants.registry import VARIANTS, FunctionVariant, make_variant, reg
 __all__ = [
     "VARIANTS",
     "BinaryLogits",
+    "CausalLM",
     "ClassifLogSoftmax",
     "ClassifLogits",
     "Cotangents",

@@ -120,6 +120,10 @@ class Variant(ABC):
         trailing = (1,) * (len(shape) - mask.ndim)
         return mask.to(outputs.device).reshape(*mask.shape, *trailing).expand(shape)
 
+    def attended(self, mask: Tensor) -> Tensor:
+        """The mask that an attention mask (b, *positions) is, where no other is given."""
+        return mask
+
     def left_out(self, outputs: Tensor, mask: Tensor) -> Tensor:
         """(b, *positions), True for the positions of the outputs that the mask takes out of what is averaged."""
         return ~mask.to(outputs.device)
