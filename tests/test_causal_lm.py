@@ -209,7 +209,7 @@ def test_gpt2_is_served_as_its_own_loss_has_it(labelled):
     rows = torch.stack([gradient(e) for e in range(2)])
     if labelled:
         found = FIM(net, at, PMatDense, "causal_lm", empirical=True).to_torch()
-        assert_close(found, rows.T @ rows / 2, **EXACT)
+        assert_close(found, rows.T @ rows / 2, rtol=1e-3, atol=1e-6)  # transformers has its losses in float32
     else:
         del at["labels"]
         assert FIM(net, at, PMatDiag, "causal_lm").trace() > 0

@@ -75,9 +75,7 @@ def make_variant(variant: str | Variant | Callable[..., Any], **options: Any) ->
         return _call(lambda: variant, variant.name, options)
     if isinstance(variant, str):
         if variant not in VARIANTS:
-            raise ValueError(
-                f"Unknown variant {variant!r}; known are {', '.join(sorted(VARIANTS))}, or pass a function."
-            )
+            raise ValueError(f"Unknown variant {variant!r}; known are {', '.join(VARIANTS)}, or pass a function.")
         return _call(VARIANTS[variant], variant, options)
     if inspect.isclass(variant) and issubclass(variant, Variant):
         return _call(variant, variant.name or variant.__name__, options)
