@@ -331,10 +331,10 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "no_grad": _without_gradients,
     "into_a_plain_tensor": _into_a_plain_tensor,
     "gradient_inside": _gradient_inside,
-    "linalg": lambda x: torch.linalg.inv(bent(x)[:, :4].reshape(-1, 2, 2) + 3 * torch.eye(2, dtype=x.dtype)),
+    "linalg": lambda x: torch.linalg.matrix_exp(bent(x)[:, :4].reshape(-1, 2, 2)),
     "checkpointed": _checkpointed,
     "bits": lambda x: bent(x) * (1 + 0 * bent(x).view(torch.int64).double()),
-    "complex": lambda x: torch.fft.fft(bent(x)).abs(),
+    "power_of_complex": lambda x: ((0.3 + 1j) ** bent(x)).real,  # torch's forward mode leaves the imaginary part out
 }
 
 

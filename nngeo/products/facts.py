@@ -26,6 +26,7 @@ class Facts:
     push: Backward = field(default_factory=Backward)
     footprint: Footprint = field(default_factory=Footprint)
     work: float | None = None  # multiplications of a forward, for each example
+    laplacian: bool = False  # whether a forward Laplacian has been compared with double backward
     reads: bool = False  # whether Python reads values of tensors, so that every batch has to be tested
     outputs: dict[tuple, Tensor] = field(default_factory=dict)  # of one example, without data, by shapes of the batch
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
 from nngeo.generators.differentiable import differentiable
-from nngeo.generators.outputs import check_outputs, outputs_of
+from nngeo.generators.independence import FEW
+from nngeo.generators.outputs import check_outputs, outputs_of, random_like
 from nngeo.layers.collection import LayerCollection
 from nngeo.products.evaluation import Evaluation, Place, Wrt
 from nngeo.products.facts import facts_of
 from nngeo.products.graph import gradients
 from nngeo.products.metrics import Dense
+from nngeo.products.operations import Untracked
 from nngeo.products.plainnorms import many_derivatives
 from nngeo.products.space import Space, inputs_space
 from nngeo.products.structured import as_metric
@@ -52,7 +54,9 @@ def forward_laplacian(
 
     Values, derivatives and traces go through every operation together (Li et al., 2024, "Forward Laplacian"): a forward
     pass for r columns and one more, where Hessian-vector products would take o r backward passes. A model that does
-    something for which there is no rule takes those instead: right, but slower, and a warning names the operation.
+    something for which there is no rule takes those instead: right, but slower, and a warning names the operation. So
+    does one for which a few examples, the first time, show other derivatives than double backward does. Complex numbers
+    between inputs and outputs are carried; inputs and outputs are real.
 
     Args:
         metric: A, n x n and symmetric, of the kinds that all products take (of another matrix the symmetric part
@@ -76,11 +80,14 @@ def forward_laplacian(
         raise ValueError(f'wrt={wrt!r} has no forward Laplacian; it is by the inputs: "input", or names of arguments.')
     run = _Run(evaluation, evaluation.inputs(wrt), create_graph)
     with run.opened():
-        facts_of(evaluation, LayerCollection(), tuple(run.places))
+        facts = facts_of(evaluation, LayerCollection(), tuple(run.places))
         v, signs = columns_of(metric, run.space)
         try:
             if method == "backward":
                 return run.backward(v, signs)
+            if not facts.laplacian or facts.reads:
+                _Run(evaluation.examples(slice(0, FEW)), run.places, False).compare()
+                facts.laplacian = True
             parts = list(range(0, len(v), chunk or max(1, len(v)))) or [0]
             found = [run.forward(v[i : i + (chunk or len(v))], signs[i : i + (chunk or len(v))]) for i in parts]
         except (RuntimeError, TypeError) as error:
@@ -166,6 +173,25 @@ class _Run:
         found = value, torch.stack(columns, 1), torch.stack(traces, 1)
         value, along_all, trace_all = found if self.create_graph else (t.detach() for t in found)
         return Laplacian(value, along_all, trace_all, "backward")
+
+    def compare(self) -> None:
+        """Raise unless derivatives along a random column are those of one vjp and one Hessian-vector product."""
+        v = random_like(self.inputs[0].new_empty(1, self.space.b, self.space.d))
+        value, columns, trace = self.forward(v, v.new_ones(1))
+        leaves = [x.detach().requires_grad_() for x in self.inputs]
+        parts = [part[0] for part in self._parts(v)]
+        try:
+            outputs = self._call(leaves).reshape(value.shape)
+            w = random_like(outputs)
+            along = _inner(gradients((outputs * w).sum(), leaves, outputs.new_ones(())), parts)
+            second = _inner(gradients(along, leaves, torch.ones_like(along)), parts)
+        except (RuntimeError, NotImplementedError):
+            return  # there is no double backward to compare with
+        pairs = {"derivatives": (columns[..., 0] * w, along), "second derivatives": (trace * w, second)}
+        for what, (found, expected) in pairs.items():
+            tolerance = 10 * torch.finfo(w.dtype).eps ** 0.5 * float(found.detach().norm() + expected.detach().norm())
+            if not float((found.sum(1) - expected).detach().norm()) <= tolerance:
+                raise Untracked(f"its {what} along a column are not those of double backward")
 
     def _call(self, inputs: Sequence[Tensor]) -> Tensor:
         batch = self.evaluation.replaced(dict(zip(self.places.values(), inputs, strict=True)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nngeo.products import matrixrules
 from nngeo.products.secondorder import (
     Call,
     Rule,
@@ -38,13 +39,14 @@ _LINEAR = frozenset(
     "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d "
     "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
     "upsample_trilinear3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d".split()
+    "replication_pad3d _conj conj_physical _neg_view resolve_conj resolve_neg view_as_real view_as_complex _fft_r2c "
+    "_fft_c2c _fft_c2r".split()
 )
 # Without a second derivative in all tensor arguments jointly (where torch selects entries: but for ties).
 _AFFINE = frozenset(
     "rsub cat stack constant_pad_nd where masked_fill scatter scatter_add index_put index_add slice_scatter "
     "select_scatter max min amax amin sort topk median kthvalue cummax cummin adaptive_max_pool2d adaptive_max_pool3d "
-    "max_pool2d_with_indices max_pool3d_with_indices".split()
+    "max_pool2d_with_indices max_pool3d_with_indices complex".split()
 )
 # What such a tensor is filled with has no derivative; what is written to it later may have one.
 _FRESH = "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like new_empty_strided".split()
@@ -72,16 +74,27 @@ ANY: dict[str, Rule] = {
     "mv": contraction("kij,kj->i"),
     "dot": contraction("ki,ki->"),
     **dict.fromkeys(["addmm", "baddbmm", "addmv", "addbmm", "convolution", "_trilinear"], general),
-    **dict.fromkeys(["prod", "cumprod", "logcumsumexp", "linalg_cross"], general),
+    **dict.fromkeys(["prod", "cumprod", "logcumsumexp", "linalg_cross", "polar"], general),
     "_softmax": softmax,
     "_safe_softmax": softmax,
     "_log_softmax": log_softmax,
+    "linalg_inv_ex": matrixrules.inverse,
+    "_linalg_slogdet": matrixrules.slogdet,
+    "_linalg_det": matrixrules.det,
+    "linalg_cholesky_ex": matrixrules.cholesky,
+    **dict.fromkeys(["_linalg_solve_ex", "linalg_solve_triangular"], matrixrules.solution),
     **dict.fromkeys(["_prelu_kernel", "leaky_relu"], pointwise),  # older versions of torch do not tag them so
 }
 
 
-def rule_of(func: Any, name: str, call: Call) -> Rule:
-    """The rule of an operation some of whose arguments vary.
+# Rules that hold for complex numbers as they are; the others differentiate by gradients, or square what is complex.
+_OF_COMPLEX = (linear, affine, copied, fresh, convolution, addmm, division, general)
+
+
+def rule_of(func: Any, name: str, call: Call, complex_numbers: bool) -> Rule:
+    """The rule of an operation some of whose arguments vary, and some may be complex.
+
+    Derivatives are along real columns: no function has to be holomorphic.
 
     Raises:
         Untracked: there is none.
@@ -94,4 +107,7 @@ def rule_of(func: Any, name: str, call: Call) -> Rule:
         rule = pointwise
     if rule is None or func.namespace != "aten" or func._overloadname == "dtype":  # the same bits, as other numbers
         raise Untracked(f"{func} has no rule")
+    of_complex = rule in _OF_COMPLEX or name in ("add", "sub") or "linalg" in name
+    if complex_numbers and not of_complex:
+        return general
     return rule

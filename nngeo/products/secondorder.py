@@ -34,7 +34,7 @@ class Call:
 
     def over_columns(self, products: Tensor) -> Tensor:
         """The sum of products (r, ...) over the columns, each with its sign."""
-        return products.sum(0) if self.signs is None else torch.tensordot(self.signs, products, 1)
+        return products.sum(0) if self.signs is None else torch.tensordot(self.signs.to(products.dtype), products, 1)
 
 
 # The results of an operation, and their tangents in the same structure; what has none is a constant.

@@ -130,11 +130,9 @@ class Tracker:
             return func(*args, **kwargs)
 
         values, tangents = (tuple(getattr(leaves[i], what) for i in varying) for what in ("value", "tangents"))
-        if any(t.is_complex() for t in values):
-            raise Untracked(f"{func} has complex arguments")
         given = tree_unflatten(plain, spec)
         call = Call(function, tuple(varying), values, tangents, self.signs, self.create_graph, *given)
-        return rule_of(func, name, call)(call)
+        return rule_of(func, name, call, any(map(_is_complex, plain)))(call)
 
     def _write(self, func: Any, name: str, leaves: list, spec: Any, varying: list[int]) -> Any:
         """An operation that writes to its first argument, as the one that does not, and a replacement."""
@@ -184,16 +182,16 @@ class Tracker:
         return target
 
     def _tracked(self, results: Any, tangents: Any, shared: bool) -> Any:
-        """Floating point results, each with its tangents; the others as they are."""
+        """Real and complex results, each with its tangents; the others as they are."""
         values, spec = tree_flatten(results)
         found = [None] * len(values) if tangents is None else list(_leaves(tangents))
-        return tree_unflatten(
-            [
-                Tracked(self, v, t, shared) if isinstance(v, Tensor) and v.is_floating_point() else v
-                for v, t in zip(values, found, strict=True)
-            ],
-            spec,
-        )
+
+        def one(v: Any, t: Tensor | None) -> Any:
+            if not (isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())):
+                return v
+            return Tracked(self, v, None if t is None else t.to(v.dtype), shared)
+
+        return tree_unflatten([one(v, t) for v, t in zip(values, found, strict=True)], spec)
 
 
 def laid_out(tangents: Tensor, value: Tensor) -> Tensor:
@@ -204,6 +202,10 @@ def laid_out(tangents: Tensor, value: Tensor) -> Tensor:
     order = sorted(range(value.ndim), key=value.stride, reverse=True)
     back = [order.index(d) + 1 for d in range(value.ndim)]
     return tangents.permute(0, *(d + 1 for d in order)).contiguous().permute(0, *back)
+
+
+def _is_complex(leaf: Any) -> bool:
+    return leaf.is_complex() if isinstance(leaf, Tensor) else isinstance(leaf, complex)
 
 
 def _value(leaf: Any) -> Any:
