@@ -164,7 +164,7 @@ ARGUMENTS = {
     "n_output": (ValueError, "n_output=10|3", lambda: fisher(n_output=10)),
     "mask": (ValueError, "'attn'|'input'", lambda: fisher(examples={"input": X, "labels": Y}, mask="attn")),
     "device": (ValueError, "'meta'|cpu|device", lambda: fisher(device="meta")),
-    "devices": (ValueError, "cpu|meta", lambda: fisher(model=SPREAD)),
+    "devices": (ValueError, "1.weight|meta|to_empty", lambda: fisher(model=SPREAD)),
     "dtypes": (ValueError, "0.bias torch.float64|1.bias torch.float32|model.to(", lambda: fisher(model=MIXED)),
     "dtypes of mv": (ValueError, "torch.float64|torch.float32", lambda: mv(fisher(IMPLICIT, MIXED))),
     "a name": (TypeError, "`representation`|'PMatDiag'|class", lambda: fisher("PMatDiag")),

@@ -753,7 +753,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
     "samples": (ValueError, "at least 4 samples", lambda f: f.estimate_trace(2)),
     "method": (ValueError, "'hutchinson', 'hutch\\+\\+', 'xtrace'", lambda f: f.estimate_trace(9, method="exact")),
     "diagonal": (ValueError, "'hutchinson', 'xdiag'", lambda f: f.estimate_diag(9, method="exact")),
-    "k": (ValueError, "between 1 and", lambda f: f.top_eigenpairs(0)),
+    "k": (ValueError, "from 1 to", lambda f: f.top_eigenpairs(0)),
     "which": (ValueError, "'largest', 'smallest', 'magnitude'", lambda f: f.top_eigenpairs(1, which="middle")),
     "eigensolver": (ValueError, "'lanczos', 'lobpcg'", lambda f: f.top_eigenpairs(1, method="qr")),
 }

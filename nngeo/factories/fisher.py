@@ -13,6 +13,7 @@ from nngeo.factories.arguments import Device, Mask, VariantChoice, checked, laye
 from nngeo.generators import JacobianGenerator
 from nngeo.generators.batches import Function, Target
 from nngeo.layers import LayerCollection
+from nngeo.linalg.arguments import count, flag
 from nngeo.representations import PMat
 from nngeo.variants import Empirical, Estimator, Exact, MonteCarlo, OutputHessian, TokenLogits, Variant, make_variant
 
@@ -86,7 +87,7 @@ def FIM(
     True
     """
     kind = _variant(variant, ignore_index, covariance)
-    estimator = Empirical(kind) if empirical else Exact(kind)
+    estimator = Empirical(kind) if flag("empirical", empirical) else Exact(kind)
     return _matrix(
         model, loader, representation, estimator, layer_collection, options,
         function=function, device=device, mask=mask, target=target, n_output=n_output, check=check, verbose=verbose,
@@ -168,6 +169,8 @@ def GGN(
 
 
 def _variant(variant: VariantChoice, ignore_index: int | None, covariance: Any) -> Variant:
+    if ignore_index is not None:
+        count("ignore_index", ignore_index, least=-(2**63))
     options = {"ignore_index": ignore_index} if ignore_index != -100 else {}
     options |= {"covariance": covariance} if covariance is not None else {}
     return make_variant(variant, **options)

@@ -55,6 +55,11 @@ def NTK(
         other: examples of the columns, for the cross kernel (k, n, k, m) of two sets; by default those of the rows.
             A function in this place is taken for `function`, as in NNGeometry's GramMatrix.
     """
+    if isinstance(other, type):
+        raise TypeError(
+            f"`other` takes a second set of examples, x2 of NTK(model, x1, x2); got the class {other.__name__}. "
+            "Give it by name: representation=FMatDense."
+        )
     if callable(other) and not isinstance(other, Tensor):
         function, other = other, None
     layers = layers_for(model, loader, layer_collection)

@@ -13,6 +13,7 @@ from nngeo.generators.batches import Function
 from nngeo.generators.record import BatchRecord
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.models import check_structure, check_usable
+from nngeo.linalg.arguments import device_named
 
 if TYPE_CHECKING:
     from nngeo.generators.kept import LinearizedGenerator
@@ -77,7 +78,7 @@ def device_of(model: nn.Module, device: torch.device | str | None) -> torch.devi
         found = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ValueError(f"The parameters are on several devices ({found}); bring them to one by model.to(device).")
     (own,) = devices
-    asked = own if device is None else torch.device(device)
+    asked = own if device is None else device_named(device)
     if asked.type != own.type or (asked.index is not None and asked.index != own.index):
         raise ValueError(f"device={str(device)!r}, but the model is on {own}: move it there, or leave `device` out.")
     return own

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_map, tree_unflatten
 
 from nngeo.generators.mappings import as_dicts, as_given
+from nngeo.linalg.arguments import shown
 
 Function = Callable[..., Any]
 Target = int | str | Callable[[Any], Any]  # of a batch: an index, a key, or a function of it
@@ -183,7 +184,16 @@ class Batch:
     def mask(self, mask: Callable[[Any], Tensor] | str) -> Tensor:
         """Which positions count: by a function of the batch, or by its key."""
         if callable(mask):
-            return mask(self.given).bool()
+            try:
+                found = mask(self.given)
+            except TypeError as error:
+                raise TypeError(
+                    f"`mask` is called with one argument, the whole batch ({shown(self.given)}), and failed: {error}. "
+                    "Give a function of the batch, lambda batch: batch[1] != 0."
+                ) from error
+            if not isinstance(found, Tensor):
+                raise TypeError(f"`mask` should return booleans (b, *positions), a tensor; it returned {shown(found)}.")
+            return found.bool()
         if not (named := self.named):
             raise TypeError(f"mask={mask!r} is a key, but the batches are tuples; give a function of the batch.")
         if mask not in named:

@@ -24,6 +24,7 @@ from nngeo.generators.recording import Recording
 from nngeo.generators.sizing import Measure, OfRecords, Sizing, joined, load
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.arguments import count, flag, shown
 from nngeo.linalg.contraction import add_inner
 from nngeo.variants import Cotangents, Estimator
 
@@ -54,6 +55,13 @@ class JacobianGenerator(Generator):
         check: bool = True,
         verbose: bool = False,
     ):
+        if n_output is not None:
+            count("n_output", n_output)
+        flag("check", check)
+        if not (function is None or callable(function)):
+            raise TypeError(f"`function` should be a function of a batch, or None; got {shown(function)}.")
+        if not (mask is None or isinstance(mask, str) or callable(mask)):
+            raise TypeError(f"`mask` should be a function of the batch, a key of it, or None; got {shown(mask)}.")
         self.model, self.estimator, self.function = model, estimator, function
         self.mask, self.target, self.n_output, self.check, self.verbose = mask, target, n_output, check, verbose
         device_of(model, device)

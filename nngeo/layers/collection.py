@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from nngeo.layers.fingerprint import fingerprint
 from nngeo.layers.models import check_structure
-from nngeo.linalg.arguments import shown
+from nngeo.linalg.arguments import flag, instance, shown, tensor
 
 LayerChoice = str | type[nn.Module]
 Predicate = Callable[[str, nn.Module], bool]
@@ -54,6 +55,13 @@ class Layer:
         return f"{self.name}.{local}" if self.name else local
 
 
+class UnknownName(KeyError, ValueError):
+    """No layer or parameter has this name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError shows a text in quotes
+
+
 class LayerCollection:
     """The layers that span a parameter space, and the order of its P coordinates.
 
@@ -69,8 +77,12 @@ class LayerCollection:
     """
 
     def __init__(self, layers: Iterable[Layer] | Mapping[str, Layer] | None = None):
-        values = layers.values() if isinstance(layers, Mapping) else layers or ()
-        self.layers: dict[str, Layer] = {layer.name: layer for layer in values}
+        values = layers.values() if isinstance(layers, Mapping) else () if layers is None else layers
+        if isinstance(values, str | Tensor) or not isinstance(values, Iterable):
+            raise TypeError(f"`layers` should be Layers; got {shown(values)}. {HOW}")
+        self.layers: dict[str, Layer] = {}
+        for layer in values:
+            self.add_layer(layer)
 
     @classmethod
     def from_model(
@@ -90,13 +102,18 @@ class LayerCollection:
         Raises:
             ValueError: a name or type that chooses nothing (the layers there are, are listed), or no layer left.
         """
-        check_structure(model)
-        owners = list(_owners(model, frozen))
+        check_structure(instance("model", model, nn.Module))
+        owners = list(_owners(model, flag("frozen", frozen)))
         chosen = [layer for _, layer in owners] if layers is None else _choose(owners, layers)
         if not chosen and owners:
             raise ValueError(f"`layers` chooses none of the layers {_listed(owners)}.")
         if not chosen:
-            hint = "" if frozen else " that require a gradient; pass `frozen=True` for the others"
+            hint = (
+                ""
+                if frozen
+                else " that require a gradient: for the others, give LayerCollection.from_model(model, frozen=True) as "
+                "`layer_collection`"
+            )
             raise ValueError(f"{type(model).__name__} has no parameters{hint}.")
         return cls(chosen)
 
@@ -120,6 +137,7 @@ class LayerCollection:
 
     def add_layer_from_model(self, model: nn.Module, module: nn.Module) -> None:
         """Append the layer of one module of the model."""
+        instance("model", model, nn.Module)
         found = [layer for owner, layer in _owners(model, frozen=True) if owner is module]
         if not found:
             raise ValueError(f"This {type(module).__name__} owns no parameters of the model, or is not part of it.")
@@ -142,11 +160,17 @@ class LayerCollection:
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """(..., P) -> {layer name: (..., p)}, as views."""
+        if tensor("flat", flat, "(..., P)", real=False).ndim == 0 or flat.shape[-1] != self.numel():
+            raise ValueError(
+                f"`flat` should be (..., {self.numel()}), a number for each parameter; it is {tuple(flat.shape)}."
+            )
         return dict(zip(self.layers, flat.split([layer.numel() for layer in self.layers.values()], -1), strict=True))
 
     def split_layer(self, name: str, flat: Tensor) -> dict[str, Tensor]:
         """(..., p) of one layer -> {local parameter name: (..., *shape)}, as views where the memory allows."""
-        layer = self.layers[name]
+        layer = self[name]
+        if tensor("flat", flat, "(..., p)", real=False).ndim == 0 or flat.shape[-1] != layer.numel():
+            raise ValueError(f"`flat` of layer {name!r} should be (..., {layer.numel()}); it is {tuple(flat.shape)}.")
         pieces = flat.split(layer.sizes(), dim=-1)
         return {
             local: piece.reshape((*piece.shape[:-1], *shape))
@@ -155,11 +179,16 @@ class LayerCollection:
 
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
         """{layer name: (..., p)} -> (..., P)."""
+        if not isinstance(parts, Mapping) or not parts.keys() >= self.layers.keys():
+            found = ", ".join(map(str, parts)) if isinstance(parts, Mapping) else shown(parts)
+            raise ValueError(f"`parts` should have the layers {', '.join(self.layers)}; it has {found or 'none'}.")
         return torch.cat([parts[name] for name in self.layers], -1)
 
     def named_parameters(self, model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of a model (or of `get_layerid_module_map(model)`), in the order of the coordinates."""
         modules = model if isinstance(model, Mapping) else self.get_layerid_module_map(model)
+        if missing := [name for name in self.layers if name not in modules]:
+            raise ValueError(f"`model` is a dict of modules without {', '.join(map(repr, missing))}.")
         for name, layer in self.layers.items():
             for local in layer.shapes:
                 own = modules[name]._parameters.get(local)
@@ -171,6 +200,7 @@ class LayerCollection:
 
     def get_layerid_module_map(self, model: nn.Module) -> dict[str, nn.Module]:
         """{layer name: module}, with a check that the model has these layers in these shapes."""
+        instance("model", model, nn.Module)
         modules: dict[str, nn.Module] = {}
         for name, layer in self.layers.items():
             module = _submodule(model, name)
@@ -193,10 +223,11 @@ class LayerCollection:
 
     def covers(self, other: LayerCollection) -> bool:
         """Whether every layer of the other is here, with the same shapes."""
-        return all(self.layers.get(name) == layer for name, layer in other.layers.items())
+        return all(self.layers.get(name) == layer for name, layer in checked_layers(other).layers.items())
 
     def get_common_layers(self, other: LayerCollection) -> list[Layer]:
         """The layers that both have."""
+        checked_layers(other)
         return [layer for name, layer in self.layers.items() if other.layers.get(name) == layer]
 
     def merge(self, other: LayerCollection) -> LayerCollection:
@@ -204,10 +235,12 @@ class LayerCollection:
         return LayerCollection(self.get_common_layers(other))
 
     def __getitem__(self, name: str) -> Layer:
+        if not isinstance(name, str) or name not in self.layers:
+            raise UnknownName(f"No layer {name!r:.80}; the layers are {', '.join(map(repr, self.layers))}.")
         return self.layers[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.layers
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self.layers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -224,6 +257,20 @@ class LayerCollection:
     def __repr__(self) -> str:
         shown = ", ".join(f"{layer.name!r} {layer.kind} ({layer.numel()})" for layer in self.layers.values())
         return f"LayerCollection({self.numel()} parameters: {shown})"
+
+
+HOW = "Make a LayerCollection by LayerCollection.from_model(model, layers=[...])."
+
+
+def checked_layers(value: Any) -> LayerCollection:
+    """The LayerCollection that an argument should be.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, LayerCollection):
+        raise TypeError(f"`layer_collection` should be a LayerCollection; got {shown(value)}. {HOW}")
+    return value
 
 
 def _owners(model: nn.Module, frozen: bool) -> Iterator[tuple[nn.Module, Layer]]:
@@ -253,7 +300,7 @@ def _owners(model: nn.Module, frozen: bool) -> Iterator[tuple[nn.Module, Layer]]
 def _choose(owners: list[tuple[nn.Module, Layer]], layers: object) -> list[Layer]:
     if callable(layers) and not isinstance(layers, type | nn.Module):
         return [layer for module, layer in owners if layers(layer.name, module)]
-    if isinstance(layers, nn.Module) or not isinstance(layers, str | type | Iterable):
+    if isinstance(layers, nn.Module | Tensor) or not isinstance(layers, str | type | Iterable):
         raise TypeError(f"`layers` is {layers!r}; give names, module types, or one predicate (name, module).")
     choices = [layers] if isinstance(layers, str | type) else list(layers)
     chosen = set()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nngeo.layers.collection import Layer
+from nngeo.linalg.arguments import shown
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.outer import OuterProducts
 from nngeo.linalg.selected import SelectedProducts
@@ -194,6 +195,10 @@ def register_rule(*module_types: type[nn.Module] | str) -> Callable[[type[LayerR
     The rule is used for subclasses, too, as long as they keep `forward`. Every fast rule is compared with autograd on
     the first examples of a sweep, so a rule that does not fit a layer is found out and passed over.
     """
+
+    for kind in module_types:
+        if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"register_rule takes types of modules, or their full names; got {shown(kind)}.")
 
     def register(rule: type[LayerRule]) -> type[LayerRule]:
         for kind in module_types:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -62,16 +64,120 @@ def choice(name: str, value: Any, known: Iterable[T]) -> T:
         ValueError: it is none of them.
     """
     known = list(known)
-    found = [x for x in known if type(x) is type(value) and x == value]
+    plain = isinstance(value, str | int | float | None) and not isinstance(value, bool)
+    found = [x for x in known if plain and x == value]
     if not found:
-        *first, last = map(repr, known)
-        names = f"{', '.join(first)} and {last}" if first else last
-        raise ValueError(f"Unknown {name}={value!r}; known are {names}.{suggestion(value, known)}")
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"Unknown {name}={shown(value)}; known are {names}.{suggestion(value, known)}")
     return found[0]
 
 
-def tensor(name: str, value: Any, shape: str, *, ndim: int | None = None) -> Tensor:
-    """A tensor of real floating-point numbers, with `ndim` axes; `shape` describes it for messages.
+def flag(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` should be True or False; got {shown(value)}.")
+    return value
+
+
+def axis(name: str, value: Any, ndim: int) -> int:
+    """The index of one of so many axes.
+
+    Raises:
+        TypeError, ValueError: it is no whole number, or outside of them.
+    """
+    return count(name, value, least=-ndim, most=ndim - 1)
+
+
+def instance(name: str, value: Any, kind: type[T], hint: str = "") -> T:
+    """An object of a class; `hint` says how one is made.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` should be a {kind.__name__}{hint and f', {hint}'}; got {shown(value)}.")
+    return value
+
+
+def takes_options(what: str, function: Callable[..., Any], options: Iterable[str]) -> None:
+    """Raise TypeError unless a function takes these keywords; `what` is its name for users."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [x.name for x in parameters if x.kind is x.KEYWORD_ONLY or x.default is not x.empty]
+    if any(x.kind is x.VAR_KEYWORD for x in parameters):
+        return
+    if unknown := [name for name in options if name not in known]:
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise TypeError(f"{what} has no option {', '.join(unknown)}; {takes}.")
+
+
+def random_source(value: Any) -> torch.Generator | None:
+    """A torch.Generator, or None for torch's global one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not (value is None or isinstance(value, torch.Generator)):
+        raise TypeError(f"`generator` should be a torch.Generator or None; got {shown(value)}.")
+    return value
+
+
+def device_named(value: Any) -> torch.device:
+    """A device of this machine.
+
+    Raises:
+        TypeError, ValueError: it is no device, or one of a kind that is not available here.
+    """
+    if not isinstance(value, torch.device | str | int) or isinstance(value, bool):
+        raise TypeError(f"`device` should be a torch.device or its name; got {shown(value)}.")
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"device={value!r} is no device of this machine: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={str(value)!r}, but no GPU is available to torch (torch.cuda.is_available() is False)."
+        )
+    return device
+
+
+def floating(value: Any) -> torch.dtype:
+    """A dtype of real floating-point numbers.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"`dtype` should be one of floating-point numbers (torch.float64); got {value!r:.60}.")
+    return value
+
+
+def destination(like: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise unless a tensor can be brought to where the arguments of `Tensor.to` say, in floating-point numbers.
+
+    Raises:
+        TypeError, ValueError: they are no such arguments, or name what is not available.
+    """
+    for value in (*args, *options.values()):
+        if isinstance(value, str):
+            device_named(value)
+        elif isinstance(value, torch.dtype):
+            floating(value)
+        elif isinstance(value, torch.device):
+            device_named(value)
+    try:
+        like.detach().flatten()[:0].to(*args, **options)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        what = ", ".join([*map(shown, args), *(f"{name}={shown(x)}" for name, x in options.items())])
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"to({what}): no such device or dtype, or it is not available here: {reason}") from error
+
+
+def tensor(name: str, value: Any, shape: str, *, ndim: int | None = None, real: bool = True) -> Tensor:
+    """A tensor, of real floating-point numbers if `real`, with `ndim` axes; `shape` describes it for messages.
 
     Raises:
         TypeError: it is no tensor, or one of integers, booleans or complex numbers.
@@ -79,7 +185,7 @@ def tensor(name: str, value: Any, shape: str, *, ndim: int | None = None) -> Ten
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` should be a tensor {shape}; got {shown(value)}.")
-    if not value.is_floating_point():
+    if real and not value.is_floating_point():
         raise TypeError(f"`{name}` should be a tensor {shape} of floating-point numbers; it is {value.dtype}.")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"`{name}` should be a tensor {shape}; it has the shape {tuple(value.shape)}.")
@@ -92,6 +198,8 @@ def shown(value: Any) -> str:
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     if isinstance(value, str | int | float | complex | bool | None):
         return repr(value)[:80]
+    if isinstance(value, torch.device | torch.dtype):
+        return str(value)
     return f"a {type(value).__name__}" if not isinstance(value, type) else f"the class {value.__name__}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from nngeo.linalg.arguments import choice
 from nngeo.linalg.leaveoneout import LeaveOneOut
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, rademacher
 from nngeo.linalg.precision import full_precision
@@ -21,9 +22,7 @@ def estimate_diag(
         method: "hutchinson" or "xdiag".
         generator: of the random vectors; torch's global one if None.
     """
-    if method not in DIAG_ESTIMATORS:
-        raise ValueError(f"Unknown method {method!r}; known are {', '.join(map(repr, DIAG_ESTIMATORS))}.")
-    return DIAG_ESTIMATORS[method](matrix, samples, generator=generator)
+    return DIAG_ESTIMATORS[choice("method", method, DIAG_ESTIMATORS)](matrix, samples, generator=generator)
 
 
 @full_precision

@@ -10,6 +10,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, lobpcg
 from torch import Tensor
 
+from nngeo.linalg.arguments import choice, count, number, shown
 from nngeo.linalg.cg import ConvergenceWarning
 from nngeo.linalg.krylov import Goal, Ritz, krylov_schur
 from nngeo.linalg.operator import Operator, Products, normal, scipy_operator
@@ -66,23 +67,29 @@ def top_eigenpairs(
         ConvergenceWarning: a residual is larger than asked for.
     """
     p = int(matrix.size(0))
-    if not 1 <= k <= p:
-        raise ValueError(f"k={k} eigenpairs of a matrix of size {p}: k should be between 1 and {p}.")
-    if which not in ORDERS:
-        raise ValueError(f"Unknown which={which!r}; known are {', '.join(map(repr, ORDERS))}.")
+    count("k", k, most=p, of=f"as the matrix is of size {p}")
+    choice("which", which, ORDERS)
+    choice("method", method, ("lanczos", "lobpcg"))
+    count("max_products", max_products)
+    if basis is not None:
+        count("basis", basis)
+    if rtol is not None:
+        number("rtol", rtol, least=0)
+    if preconditioner is not None and not callable(preconditioner):
+        raise TypeError(
+            f"`preconditioner` should be a product with the inverse, a function; got {shown(preconditioner)}."
+        )
     if method == "lanczos":
         if preconditioner is not None:
             raise ValueError('method="lanczos" takes no preconditioner: use method="lobpcg".')
         goal = Goal(ORDERS[which], rtol or torch.finfo(matrix.dtype).eps ** (2 / 3))
         size = min(p, max(basis or max(2 * k + 20, 40), k + 3))
         values, vectors = _lanczos(matrix, k, goal, max_products, size, generator)
-    elif method == "lobpcg":
+    else:
         if which == "magnitude":
             raise ValueError('method="lobpcg" finds the largest or the smallest eigenvalues: use method="lanczos".')
         rtol = rtol or torch.finfo(matrix.dtype).eps ** 0.5
         values, vectors = _lobpcg(matrix, k, which, rtol, max_products, generator, preconditioner)
-    else:
-        raise ValueError(f"Unknown method {method!r}; known are 'lanczos', 'lobpcg'.")
     order = ORDERS[which](values).argsort(descending=True)[:k]
     return Eigenpairs(values[order], vectors[order])
 

@@ -11,6 +11,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from nngeo.linalg.arguments import count, random_source
+
 # Elements of the vectors that a method holds at a time where it can choose: 2**26 are 256 MiB in float32.
 BUDGET = 2**26
 
@@ -66,14 +68,14 @@ class Estimated(NamedTuple):
 
 def rademacher(m: int, matrix: Operator, generator: torch.Generator | None) -> Tensor:
     """(m, P) of +1 and -1, from the generator, or else from torch's global one."""
-    device = matrix.device if generator is None else generator.device
+    device = matrix.device if random_source(generator) is None else generator.device  # type: ignore[union-attr]
     bits = torch.randint(2, (m, int(matrix.size(0))), generator=generator, device=device)
     return (2 * bits - 1).to(matrix.device, matrix.dtype)
 
 
 def normal(m: int, matrix: Operator, generator: torch.Generator | None) -> Tensor:
     """(m, P) of standard normal numbers, from the generator, or else from torch's global one."""
-    device = matrix.device if generator is None else generator.device
+    device = matrix.device if random_source(generator) is None else generator.device  # type: ignore[union-attr]
     drawn = torch.randn(m, int(matrix.size(0)), generator=generator, device=device, dtype=matrix.dtype)
     return drawn.to(matrix.device)
 
@@ -91,7 +93,7 @@ def check_samples(samples: int, least: int, what: str) -> None:
     Raises:
         ValueError: with the least number that gives a standard error.
     """
-    if samples < least:
+    if count("samples", samples, least=0) < least:
         raise ValueError(f"{what} takes at least {least} samples (products with the matrix); got samples={samples}.")
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import count, number, shown
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.lanczos import tridiagonal
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, rademacher
@@ -83,7 +84,9 @@ def trace_of(
 ) -> Estimated:
     """`tr f(A)` from samples x steps products; see `Quadrature.trace_of`."""
     check_samples(samples, 2, "The quadrature")
-    return Quadrature.of(matrix, samples, steps, generator=generator).trace_of(f)
+    if not callable(f):
+        raise TypeError(f"`f` should be a function of the eigenvalues, as torch.log; got {shown(f)}.")
+    return Quadrature.of(matrix, samples, count("steps", steps), generator=generator).trace_of(f)
 
 
 @full_precision
@@ -96,7 +99,7 @@ def logdet(
         ValueError: an eigenvalue of zero or less was met.
     """
     check_samples(samples, 2, "The quadrature")
-    rule = Quadrature.of(matrix, samples, steps, generator=generator)
+    rule = Quadrature.of(matrix, samples, count("steps", steps), generator=generator)
     least, largest = rule.nodes[rule.weights > torch.finfo(rule.weights.dtype).eps].aminmax()
     if not least > torch.finfo(matrix.dtype).eps * largest:
         raise ValueError(
@@ -117,4 +120,8 @@ def spectral_density(
     generator: torch.Generator | None = None,
 ) -> SpectralDensity:
     """The smoothed density of the eigenvalues from samples x steps products; see `Quadrature.density`."""
+    count("points", points, least=2)
+    if broadening is not None and not number("broadening", broadening, least=0):
+        raise ValueError("`broadening` should be positive; got 0.")
+    samples, steps = count("samples", samples), count("steps", steps)
     return Quadrature.of(matrix, samples, steps, generator=generator).density(points, broadening)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import choice
 from nngeo.linalg.leaveoneout import LeaveOneOut
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, normal, rademacher
 from nngeo.linalg.precision import full_precision
@@ -22,9 +23,7 @@ def estimate_trace(
         method: "hutchinson", "hutch++" or "xtrace".
         generator: of the random vectors; torch's global one if None.
     """
-    if method not in TRACE_ESTIMATORS:
-        raise ValueError(f"Unknown method {method!r}; known are {', '.join(map(repr, TRACE_ESTIMATORS))}.")
-    return TRACE_ESTIMATORS[method](matrix, samples, generator=generator)
+    return TRACE_ESTIMATORS[choice("method", method, TRACE_ESTIMATORS)](matrix, samples, generator=generator)
 
 
 @full_precision

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from nngeo.linalg.arguments import tensor
+from nngeo.linalg.arguments import axis, choice, flag, number, shown, takes_options, tensor
 from nngeo.linalg.memory import require_memory
 from nngeo.representations.coordinates import coordinates
 from nngeo.representations.estimate import check_kind
@@ -116,7 +116,9 @@ class PMat(Pooling, Exchange):
         (k, n), `j' M j` for the rows j; "sum": (n,), the diagonal summed over outputs; "trace": 0-d.
         `J @ M @ J.T` is the full one.
         """
-        if reduction not in ("full", "blocks", "diag", "sum", "trace"):
+        if not hasattr(pfmap, "jvp"):
+            raise TypeError(f"`pfmap` should be a PFMapDense, as of `Jacobian`; got {shown(pfmap)}.")
+        if not isinstance(reduction, str) or reduction not in ("full", "blocks", "diag", "sum", "trace"):
             raise ValueError(
                 f"Unknown reduction {reduction!r}; known are 'full' -> (k, n, k, n), 'blocks' -> (n, k, k), 'diag' -> "
                 "(k, n), 'sum' -> (n,) and 'trace' -> ()."
@@ -139,18 +141,17 @@ class PMat(Pooling, Exchange):
         Raises:
             ValueError: an unknown `solve`, a negative `regul`, or a singular matrix with `regul=0`.
         """
-        if not regul >= 0:
-            raise ValueError(f"`regul` must not be negative; got {regul}.")
-        if solve not in (solvers := self._solvers()):
-            raise ValueError(f"Unknown solve={solve!r}; {type(self).__name__} has {', '.join(solvers)}.")
+        regul = number("regul", regul, least=0)
+        solver = (solvers := self._solvers())[choice("solve", solve, solvers)]
+        takes_options(f"solve={solve!r} of {type(self).__name__}", solver, options)
         flat, back = self._coordinates(x)
-        return back(solvers[solve](flat, float(regul), **options))
+        return back(solver(flat, regul, **options))
 
     # Numbers
 
     def get_diag(self, inverse: bool = False) -> Tensor:
         """(P,), the diagonal, or that of the inverse."""
-        return self.inv()._diag() if inverse else self._diag()
+        return self.inv()._diag() if flag("inverse", inverse) else self._diag()
 
     def trace(self) -> Tensor:
         """The trace, 0-d."""
@@ -158,8 +159,7 @@ class PMat(Pooling, Exchange):
 
     def norm(self, ord: str | int | None = None) -> Tensor:
         """The norm, 0-d: Frobenius ("fro" or None), or the largest (2) or smallest (-2) singular value."""
-        if ord not in (None, "fro", 2, -2):
-            raise ValueError(f"Unknown norm {ord!r}; known are 'fro' (also None), 2 and -2.")
+        ord = choice("ord", ord, (None, "fro", 2, -2))
         return self._norm("fro" if ord is None else ord)
 
     def to_torch(self) -> Tensor:
@@ -178,7 +178,7 @@ class PMat(Pooling, Exchange):
     def size(self, dim: int | None = None) -> torch.Size | int:
         """(P, P), or one of the two."""
         size = torch.Size((self.layer_collection.numel(),) * 2)
-        return size if dim is None else size[dim]
+        return size if dim is None else size[axis("dim", dim, 2)]
 
     @property
     def dtype(self) -> torch.dtype:

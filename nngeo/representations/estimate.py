@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nngeo.layers.collection import LayerCollection
+from nngeo.layers.collection import LayerCollection, checked_layers
+from nngeo.linalg.arguments import number, shown
 from nngeo.linalg.precision import FullPrecision
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class Estimate(FullPrecision, ABC):
     ):
         if (data is None) == (examples is None):
             raise ValueError(f"{type(self).__name__} takes exactly one of `data` and `examples`.")
-        self.layer_collection, self.generator = layer_collection, generator
+        self.layer_collection, self.generator = checked_layers(layer_collection), generator
+        if not (generator is None or hasattr(generator, "model")):
+            raise TypeError(f"`generator` should be a Generator, which runs a model, or None; got {shown(generator)}.")
         if data is None:
             self.data, self.n_examples = self._estimate(examples)
             self._weights = self._versions_of_weights()
@@ -103,13 +106,20 @@ class Estimate(FullPrecision, ABC):
             # One with a gradient keeps it: multiples are differentiable in the factor.
             factor = factor.reshape(()) if factor.requires_grad else factor.item()
         if isinstance(factor, Tensor):
-            return self._scaled(factor) if factor.ndim == 0 else NotImplemented
-        return self._scaled(float(factor)) if isinstance(factor, Real) else NotImplemented
+            if factor.ndim:
+                return NotImplemented
+            number("factor", factor)
+            return self._scaled(factor)
+        return self._scaled(number("factor", factor)) if isinstance(factor, Real) else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, factor: float | Tensor) -> Self:
-        return self * (1 / factor) if isinstance(factor, Real | Tensor) else NotImplemented
+        if not isinstance(factor, Real | Tensor) or (isinstance(factor, Tensor) and factor.numel() != 1):
+            return NotImplemented
+        if not number("divisor", factor):
+            raise ValueError(f"A {type(self).__name__} can't be divided by 0.")
+        return self * (1 / factor)
 
     def __neg__(self) -> Self:
         return self._scaled(-1.0)

@@ -11,7 +11,8 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from nngeo.layers.collection import LayerCollection
+from nngeo.layers.collection import LayerCollection, checked_layers
+from nngeo.linalg.arguments import destination
 from nngeo.representations.files import check_path, read, write
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Exchange:
             FileNotFoundError: there is no file.
             ValueError: it is damaged, foreign, of a later format, or of another class or other layers.
         """
+        if layer_collection is not None:
+            checked_layers(layer_collection)
         state = read(path)
         try:
             new = cls.from_state_dict(state, generator)  # type: ignore[attr-defined]
@@ -76,6 +79,9 @@ class Exchange:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """The same matrix on another device or in another dtype; arguments as those of `Tensor.to`."""
+
+        matrix: Any = self
+        destination(torch.empty(0, dtype=matrix.dtype, device=matrix.device), args, kwargs)
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(*args, **kwargs) if tensor.is_floating_point() else tensor

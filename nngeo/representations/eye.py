@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
-from nngeo.linalg.arguments import number, tensor
+from nngeo.linalg.arguments import device_named, floating, number, tensor
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.base import PMat, entry
@@ -51,7 +51,11 @@ class PMatEye(PMat):
             )
         number("scaling", scaling)
         super().__init__(layer_collection, data=torch.as_tensor(scaling, device="cpu"))
-        self._kind = torch.empty(0, device=device, dtype=dtype)
+        self._kind = torch.empty(
+            0,
+            device=None if device is None else device_named(device),
+            dtype=None if dtype is None else floating(dtype),
+        )
 
     def _checked(self, data: Any) -> Tensor:
         if data.numel() != 1 or data.is_complex():

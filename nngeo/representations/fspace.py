@@ -13,7 +13,7 @@ from torch import Tensor
 from nngeo.generators.batches import Examples
 from nngeo.generators.gram import gram_tiles
 from nngeo.layers.collection import LayerCollection
-from nngeo.linalg.arguments import tensor
+from nngeo.linalg.arguments import axis, choice, number, tensor
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.decompose import svd
 from nngeo.linalg.memory import require_memory
@@ -113,15 +113,14 @@ class FMatDense(Estimate):
     def vTMv(self, v: FVector) -> Tensor:
         """`v' K v`, 0-d; differentiable in v."""
         self._require_square("vTMv")
-        return (v.to_torch() * self.mv(v).to_torch()).sum()
+        return (self._argument(v, self.data.shape[2:]) * self.mv(v).to_torch()).sum()
 
     def solve(self, x: FVector, regul: float = 1e-8) -> FVector:
         """`(K + regul I)^-1 x`: O((k n)^3) once for each `regul`."""
         self._require_square("solve")
-        if not regul >= 0:
-            raise ValueError(f"`regul` must not be negative; got {regul}.")
+        regul = number("regul", regul, least=0)
         flat = self._argument(x, self.data.shape[2:])
-        return FVector(self.symmetric.solve(flat.flatten(), float(regul)).reshape(flat.shape))
+        return FVector(self.symmetric.solve(flat.flatten(), regul).reshape(flat.shape))
 
     # Numbers
 
@@ -138,8 +137,7 @@ class FMatDense(Estimate):
 
     def norm(self, ord: str | int | None = None) -> Tensor:
         """The norm, 0-d: Frobenius ("fro" or None), or the largest (2) or smallest (-2) singular value."""
-        if ord not in (None, "fro", 2, -2):
-            raise ValueError(f"Unknown norm {ord!r}; known are 'fro' (also None), 2 and -2.")
+        ord = choice("ord", ord, (None, "fro", 2, -2))
         if ord in (None, "fro"):
             return self.data.norm()
         s = svd(self.to_matrix(), "kernel")[0]
@@ -164,7 +162,7 @@ class FMatDense(Estimate):
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """(k, n, l, m), or one of them."""
-        return self.data.shape if dim is None else self.data.shape[dim]
+        return self.data.shape if dim is None else self.data.shape[axis("dim", dim, 4)]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -120,8 +121,11 @@ class PMatImplicit(MatrixFree):
         found = self.scaling * self._source().vTMv(flat, self.examples, self.layer_collection)
         return found if self.shift is None else found + (self.shift * flat.square()).sum(-1)
 
-    def _solve(self, v: Tensor, regul: float, **options: Any) -> Tensor:
-        return cg(self, v, regul, **options)
+    def _solve(self, v: Tensor, regul: float) -> Tensor:
+        return cg(self, v, regul)
+
+    def _solvers(self) -> dict[str, Callable[..., Tensor]]:
+        return (named := super()._solvers()) | {"default": named["cg"]}
 
     def _dense(self) -> Tensor:
         dense = self.scaling * self._source().dense(self.examples, self.layer_collection)[0]

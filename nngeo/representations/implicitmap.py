@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nngeo.generators.batches import Examples
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.arguments import axis
 from nngeo.representations.maps import PFMap
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class PFMapImplicit(PFMap):
         if "_outputs" not in self.__dict__:
             self._outputs = self._jvp(torch.zeros(p, dtype=self.dtype, device=self.device)).shape
         size = torch.Size((*self._outputs, p))
-        return size if dim is None else size[dim]
+        return size if dim is None else size[axis("dim", dim, 3)]
 
     @property
     def dtype(self) -> torch.dtype:

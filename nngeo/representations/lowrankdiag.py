@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from nngeo.linalg.arguments import shown, tensor
+from nngeo.linalg.arguments import count, flag, random_source, shown, tensor
 from nngeo.linalg.lowrank import LowRankPlusDiagonal
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import spectral_norm
@@ -125,13 +125,15 @@ class PMatLowRankPlusDiag(PMat):
         """
         if self.data.isotropic or not self.data.positive:
             return super().sample(n, generator, inverse=inverse)
+        count("n", n, least=0)
+        random_source(generator)
         values, vectors = self.data.eigen()
         size = (n, len(values) + self.layer_collection.numel())
         device = self.device if generator is None else generator.device
         z = torch.randn(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
         z1, z2 = z[:, : len(values)], z[:, len(values) :]
         draws = (z1 * values.sqrt()) @ vectors + z2 * self.data.diagonal.sqrt()
-        return self.data.solve(draws) if inverse else draws
+        return self.data.solve(draws) if flag("inverse", inverse) else draws
 
     # Sums and state
 

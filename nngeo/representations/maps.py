@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nngeo.layers.collection import Layer, LayerCollection
-from nngeo.linalg.arguments import tensor
+from nngeo.layers.collection import Layer, LayerCollection, checked_layers
+from nngeo.linalg.arguments import axis, count, shown, tensor
 from nngeo.representations.coordinates import coordinates, embed, restrict
 from nngeo.representations.estimate import Estimate, check_kind
 from nngeo.representations.fspace import FMatDense
 from nngeo.representations.jacobians import jacobian_of
 from nngeo.representations.memory import copied
 from nngeo.vectors import FVector, PVector
+from nngeo.vectors.differences import described
+from nngeo.vectors.random import standard_normal
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -117,7 +119,20 @@ class PFMapDense(PFMap):
         cls, layer_collection: LayerCollection, generator: Any, data_dict: Mapping[str, Sequence[Tensor]]
     ) -> Self:
         """From {layer name: (weight, bias)}, tensors (k, n, *shape) in the order of `Layer.shapes`."""
-        flat = {name: torch.cat([part.flatten(2) for part in parts], -1) for name, parts in data_dict.items()}
+        checked_layers(layer_collection)
+        if not isinstance(data_dict, Mapping) or set(data_dict) != set(layer_collection):
+            found = ", ".join(map(str, data_dict)) if isinstance(data_dict, Mapping) else shown(data_dict)
+            raise ValueError(
+                f"`data_dict` should have the layers {', '.join(layer_collection)}; it has {found or 'none'}."
+            )
+        flat = {}
+        for name, parts in data_dict.items():
+            given = [tuple(tensor(name, x, "(k, n, *shape)").shape[2:]) for x in parts]
+            if given != [tuple(shape) for shape in layer_collection[name].shapes.values()]:
+                raise ValueError(
+                    f"`data_dict` of layer {name!r} should be (k, n, *shape), {described(layer_collection[name])}."
+                )
+            flat[name] = torch.cat([part.flatten(2) for part in parts], -1)
         return cls(layer_collection, generator, data=layer_collection.join(flat))
 
     def _jvp(self, v: Tensor) -> Tensor:
@@ -142,6 +157,7 @@ class PFMapDense(PFMap):
 
     def to_torch_layer(self, name: str) -> tuple[Tensor, ...]:
         """The tensors (k, n, *shape) of the parameters of one layer."""
+        self.layer_collection[name]  # raises for another name
         part = self.layer_collection.split(self.data)[name]
         return tuple(self.layer_collection.split_layer(name, part).values())
 
@@ -152,7 +168,7 @@ class PFMapDense(PFMap):
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """(k, n, P), or one of them."""
-        return self.data.shape if dim is None else self.data.shape[dim]
+        return self.data.shape if dim is None else self.data.shape[axis("dim", dim, 3)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -197,8 +213,11 @@ def random_pfmap(
     generator: torch.Generator | None = None,
 ) -> PFMapDense:
     """A map (k, n, P) of standard normal numbers, for `output_size` (k, n)."""
-    shape = (*output_size, layer_collection.numel())
-    return PFMapDense(layer_collection, data=torch.randn(shape, device=device, dtype=dtype, generator=generator))
+    if not isinstance(output_size, Sequence) or len(output_size) != 2:
+        raise TypeError(f"`output_size` should be two numbers (k, n); got {shown(output_size)}.")
+    k, n = (count("output_size", size, least=0) for size in output_size)
+    shape = (k, n, checked_layers(layer_collection).numel())
+    return PFMapDense(layer_collection, data=standard_normal(shape, device, dtype, generator))
 
 
 # Jacobians from records

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import shown
 from nngeo.linalg.decompose import eigvalsh
 from nngeo.linalg.diagonal import estimate_diag
 from nngeo.linalg.eigenpairs import Eigenpairs, top_eigenpairs
@@ -34,6 +35,8 @@ class MatrixFree(PMat):
         `preconditioner` for LOBPCG, a PMat, whose `solve` is used.
         """
         if (near := options.get("preconditioner")) is not None:
+            if not hasattr(near, "solve"):
+                raise TypeError(f"`preconditioner` should be a PMat; got {shown(near)}.")
             options["preconditioner"] = near.solve
         return top_eigenpairs(self, k, **options)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nngeo.layers.collection import Layer, LayerCollection
+from nngeo.linalg.arguments import shown
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.outer import Sharing
 from nngeo.representations.block import Block
@@ -88,6 +89,11 @@ class PMatMixed(EigenbasisPMat):
         weight_sharing: Sharing = "expand",
         update_diag: bool = True,
     ):
+        if not (map_layers_to is None or isinstance(map_layers_to, Mapping)):
+            raise TypeError(
+                "`map_layers_to` should be a dict, {layer name or module type: representation}; got "
+                f"{shown(map_layers_to)}."
+            )
         self.default_representation, self.map_layers_to = default_representation, dict(map_layers_to or {})
         for representation in [default_representation, *self.map_layers_to.values()]:
             if representation is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from nngeo.linalg.arguments import flag, number, shown
 from nngeo.representations.spectral import SpectralAlgebra
 
 if TYPE_CHECKING:
@@ -29,9 +30,8 @@ class Pooling(SpectralAlgebra):
 
         For Kronecker factors it is the moving average of each factor. `n_examples` counts all that were seen.
         """
-        if not 0 <= decay <= 1:
-            raise ValueError(f"`decay` should be from 0 to 1; got {decay}.")
-        return self._become(self._pooled(self._estimated(examples), float(decay), 1 - float(decay)))
+        decay = number("decay", decay, least=0, most=1)
+        return self._become(self._pooled(self._estimated(examples), decay, 1 - decay))
 
     def pooled(self, other: Self) -> Self:
         """`(n F + m G) / (n + m)` for matrices of n and of m examples: what all of the examples together would give.
@@ -48,6 +48,8 @@ class Pooling(SpectralAlgebra):
     @staticmethod
     def pool(matrices: Sequence[Any]) -> Any:
         """`pooled` for any number of matrices: of shards, or of the processes of a group."""
+        if not isinstance(matrices, Sequence) or not all(isinstance(matrix, Pooling) for matrix in matrices):
+            raise TypeError(f"`matrices` should be a list of matrices (PMat); got {shown(matrices)}.")
         if not matrices:
             raise ValueError("`matrices` is empty: there is nothing to pool.")
         return reduce(lambda first, second: first.pooled(second), matrices)
@@ -58,7 +60,7 @@ class Pooling(SpectralAlgebra):
         A sum of Kronecker products is not one, unless they share a factor or an eigenbasis. With `exact` both terms are
         kept: products cost twice as much, and `solve`, `inv` and what needs eigenvalues forms dense blocks.
         """
-        return self._added_exactly(other) if exact else self + other
+        return self._added_exactly(other) if flag("exact", exact) else self + other
 
     # What a representation may do in another way
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import count, instance, number, shown
 from nngeo.linalg.cg import ConvergenceWarning, conjugate_gradients
 from nngeo.linalg.lsmr import least_squares
 from nngeo.linalg.minres import minimal_residuals
 from nngeo.linalg.refinement import Solution
 from nngeo.representations.coordinates import coordinates
+from nngeo.representations.estimate import check_kind
 
 if TYPE_CHECKING:
     from nngeo.representations.base import PMat
@@ -30,6 +32,8 @@ def register_solver(name: str) -> Callable[[Solver], Solver]:
 
     The solver should use `matrix.mv` only; it then serves every representation.
     """
+
+    instance("name", name, str)
 
     def register(solver: Solver) -> Solver:
         SOLVERS[name] = solver
@@ -153,6 +157,8 @@ def lsmr(
 def _precondition(matrix: PMat, preconditioner: PMat | None, regul: float) -> Map | None:
     if preconditioner is None:
         return None
+    if not hasattr(preconditioner, "layer_collection") or not hasattr(preconditioner, "solve"):
+        raise TypeError(f"`preconditioner` should be a PMat; got {shown(preconditioner)}.")
     if preconditioner.layer_collection != matrix.layer_collection:
         raise ValueError(
             f"The preconditioner is over other layers ({', '.join(preconditioner.layer_collection)}) than the matrix "
@@ -172,9 +178,19 @@ def _solved(
     **tolerances: Any,
 ) -> Tensor:
     """The solutions of rows (..., P), differentiable in v."""
-    start = None if x0 is None else coordinates(x0, matrix.layer_collection)[0].detach()
     if tolerances["rtol"] is None:
         tolerances["rtol"] = 1e-6 if torch.finfo(v.dtype).eps < 1e-10 else 1e-5
+    for option in ("rtol", "atol"):
+        number(option, tolerances[option], least=0)
+    if tolerances["max_iter"] is not None:
+        count("max_iter", tolerances["max_iter"], least=0)
+    if report is not None and not callable(report):
+        raise TypeError(f"`report` should be a function of a SolveReport; got {shown(report)}.")
+    start = None if x0 is None else coordinates(x0, matrix.layer_collection)[0].detach()
+    if start is not None:
+        if start.ndim > v.ndim or any(a not in (1, b) for a, b in zip(start.shape[::-1], v.shape[::-1], strict=False)):
+            raise ValueError(f"`x0` has the shape {tuple(start.shape)}, which does not fit {tuple(v.shape)}.")
+        check_kind(start, "The matrix", v.dtype, v.device)
 
     def solve(rhs: Tensor, start: Tensor | None = None, report: Callable[[SolveReport], Any] | None = None) -> Tensor:
         rows = rhs.reshape(-1, rhs.shape[-1])

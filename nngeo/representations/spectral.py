@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection
-from nngeo.linalg.arguments import count, number
+from nngeo.linalg.arguments import count, flag, number, random_source
 from nngeo.linalg.memory import require_workspace
 from nngeo.linalg.spectrum import Spectrum, logarithm, power, pseudo_inverse
 from nngeo.representations.damping import Damping
@@ -134,12 +134,13 @@ class SpectralAlgebra(Estimate):
         size = self.layer_collection.numel()
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         require_workspace(f"A sample of {count('n', n, least=0)} vectors", 3 * n * size, like)
+        random_source(generator)
         device = self.device if generator is None else generator.device
 
         def normal(size: int) -> Tensor:
             return torch.randn(n, size, generator=generator, dtype=self.dtype, device=device).to(self.device)
 
-        return self._draws(normal, partial(power, exponent=-0.5 if inverse else 0.5))
+        return self._draws(normal, partial(power, exponent=-0.5 if flag("inverse", inverse) else 0.5))
 
     def eigh(self) -> tuple[Tensor, Spectrum]:
         """All eigenvalues (P,), ascending, and the eigenvectors in this order.

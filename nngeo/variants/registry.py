@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from nngeo.linalg.arguments import instance, suggestion
 from nngeo.variants.base import Cotangents, Variant, keep
 
 VARIANTS: dict[str, Callable[..., Variant]] = {}
@@ -48,6 +49,8 @@ def register_variant(name: str) -> Callable[[Registered], Registered]:
     tensor([[[1., 0., 0.]]])
     """
 
+    instance("name", name, str)
+
     def register(variant: Registered) -> Registered:
         is_class = inspect.isclass(variant) and issubclass(variant, Variant)
         make = variant if is_class else _Named(variant, name)
@@ -75,7 +78,10 @@ def make_variant(variant: str | Variant | Callable[..., Any], **options: Any) ->
         return _call(lambda: variant, variant.name, options)
     if isinstance(variant, str):
         if variant not in VARIANTS:
-            raise ValueError(f"Unknown variant {variant!r}; known are {', '.join(VARIANTS)}, or pass a function.")
+            raise ValueError(
+                f"Unknown variant {variant!r}; known are {', '.join(VARIANTS)}, or pass a function."
+                f"{suggestion(variant, VARIANTS)}"
+            )
         return _call(VARIANTS[variant], variant, options)
     if inspect.isclass(variant) and issubclass(variant, Variant):
         return _call(variant, variant.name or variant.__name__, options)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from numbers import Number
+from numbers import Number, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import destination, shown
 from nngeo.linalg.precision import FullPrecision
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Arithmetic(FullPrecision, ABC):
 
     def norm(self, p: float = 2) -> Tensor:
         """The p-norm over all coordinates, (); p as in torch.linalg.vector_norm."""
+        if not isinstance(p, Real) or isinstance(p, bool) or p != p:
+            raise TypeError(f"`p` should be a number (inf included); got {shown(p)}.")
         return torch.linalg.vector_norm(torch.cat([x.flatten() for x in self._tensors()]), ord=p)
 
     def sum(self) -> Tensor:
@@ -112,6 +115,7 @@ class Arithmetic(FullPrecision, ABC):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """The vector on another device or in another dtype; arguments as for Tensor.to."""
+        destination(self._tensors()[0], args, kwargs)
         return self._with([x.to(*args, **kwargs) for x in self._tensors()])
 
     @property
@@ -150,6 +154,8 @@ class Arithmetic(FullPrecision, ABC):
                 f"A {type(self).__name__} combines with numbers, 0-d tensors and {type(self).__name__}s; found a "
                 f"tensor of shape {tuple(other.shape)}. Make it a {type(self).__name__} first."
             )
+        if isinstance(other, bool) or (isinstance(other, complex) and not self.dtype.is_complex):
+            raise TypeError(f"A {type(self).__name__} of {self.dtype} does not combine with {other!r}.")
         if isinstance(other, Number | Tensor):
             return [other] * len(self._tensors())
         return None

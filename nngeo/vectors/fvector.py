@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import tensor
 from nngeo.vectors.arithmetic import Arithmetic
 
 
@@ -22,6 +23,7 @@ class FVector(Arithmetic):
     """
 
     def __init__(self, vector_repr: Tensor):
+        tensor("vector_repr", vector_repr, "(k, n)", real=False)
         if vector_repr.ndim != 2:
             raise ValueError(
                 f"`vector_repr` must have shape (k, n), outputs by examples; found {tuple(vector_repr.shape)}."

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import flag, instance, tensor
 from nngeo.linalg.precision import full_precision
 from nngeo.vectors.pvector import PVector
 
@@ -24,7 +25,9 @@ def grad(scalar: Tensor, pvector: PVector, *, allow_unused: bool = False, **opti
     >>> (grad(w.dot(w), w) - 2 * w).norm() < 1e-6
     tensor(True)
     """
-    if scalar.numel() != 1:
+    instance("pvector", pvector, PVector)
+    flag("allow_unused", allow_unused)
+    if tensor("scalar", scalar, "with one number").numel() != 1:
         raise ValueError(f"`scalar` must hold one number; found shape {tuple(scalar.shape)}.")
     names = ["vector_repr"] if pvector.vector_repr is not None else pvector.layer_collection.names
     tensors = dict(zip(names, pvector._tensors(), strict=True))

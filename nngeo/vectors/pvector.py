@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nngeo.layers.collection import LayerCollection
+from nngeo.layers.collection import LayerCollection, UnknownName, checked_layers
+from nngeo.linalg.arguments import choice, instance, shown, tensor
 from nngeo.vectors.arithmetic import Arithmetic
 from nngeo.vectors.differences import described, differences, listed
 
@@ -41,7 +42,10 @@ class PVector(Arithmetic):
     ):
         if (vector_repr is None) == (dict_repr is None):
             raise ValueError("Give exactly one of `vector_repr` and `dict_repr`.")
-        if vector_repr is not None and vector_repr.shape != (layer_collection.numel(),):
+        checked_layers(layer_collection)
+        if vector_repr is not None and tensor("vector_repr", vector_repr, "(P,)", real=False).shape != (
+            layer_collection.numel(),
+        ):
             raise ValueError(
                 f"`vector_repr` must have shape ({layer_collection.numel()},), the size of the LayerCollection; "
                 f"found {tuple(vector_repr.shape)}."
@@ -53,7 +57,7 @@ class PVector(Arithmetic):
     @classmethod
     def from_model(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
         """The parameters themselves, not copies: differentiable, and changed by in-place arithmetic."""
-        layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+        layers = LayerCollection.from_model(model) if layer_collection is None else checked_layers(layer_collection)
         return cls.from_dict(layers, dict(layers.named_parameters(model)))
 
     @classmethod
@@ -68,9 +72,8 @@ class PVector(Arithmetic):
 
         A parameter without one is an error, or zero if `missing="zero"` (for what the outputs do not depend on).
         """
-        if missing not in ("error", "zero"):
-            raise ValueError(f"`missing` must be 'error' or 'zero'; found {missing!r}.")
-        layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+        choice("missing", missing, ("error", "zero"))
+        layers = LayerCollection.from_model(model) if layer_collection is None else checked_layers(layer_collection)
         parameters = dict(layers.named_parameters(model))
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
         if without and missing == "error":
@@ -86,6 +89,9 @@ class PVector(Arithmetic):
         cls, layer_collection: LayerCollection, tensors: Mapping[str, Sequence[Tensor]] | Mapping[str, Tensor]
     ) -> PVector:
         """From {layer name: (weight, bias)}, as in `to_dict`, or {full parameter name: tensor}, as in a state dict."""
+        checked_layers(layer_collection)
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"`tensors` should be a dict of tensors; got {shown(tensors)}.")
         named = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
         by_layer = {name: value for name, value in tensors.items() if not isinstance(value, Tensor)}
         if named and by_layer:
@@ -125,8 +131,7 @@ class PVector(Arithmetic):
 
     def to_torch_layer(self, name: str) -> Tensor:
         """(p,): the coordinates of one layer."""
-        if name not in self.layer_collection:
-            raise self._unknown(name)
+        self.layer_collection[name]  # raises for another name
         if self.dict_repr is not None:
             return torch.cat([x.flatten() for x in self.dict_repr[name]])
         return self.layer_collection.split(self.to_torch())[name]
@@ -144,7 +149,7 @@ class PVector(Arithmetic):
 
     def restrict(self, layer_collection: LayerCollection) -> PVector:
         """The coordinates of some of the layers, in the order of their collection."""
-        if layer_collection == self.layer_collection:
+        if checked_layers(layer_collection) == self.layer_collection:
             return self
         if not self.layer_collection.covers(layer_collection):
             raise ValueError(
@@ -157,7 +162,7 @@ class PVector(Arithmetic):
 
     def embed(self, layer_collection: LayerCollection) -> PVector:
         """The vector over a larger collection, zero on the layers that it does not have."""
-        if layer_collection == self.layer_collection:
+        if checked_layers(layer_collection) == self.layer_collection:
             return self
         if not layer_collection.covers(self.layer_collection):
             raise ValueError(
@@ -174,6 +179,7 @@ class PVector(Arithmetic):
 
     def __getitem__(self, name: str) -> Tensor | tuple[Tensor, ...]:
         """The tensors of a layer, as in `to_dict`, or the tensor of a parameter by its full name."""
+        instance("name", name, str)
         by_layer, by_name = self.to_dict(), dict(self)
         if name not in by_layer and name not in by_name:
             raise self._unknown(name)
@@ -191,8 +197,8 @@ class PVector(Arithmetic):
             f"{self.dtype}, {self.device})"
         )
 
-    def _unknown(self, name: str) -> KeyError:
-        return KeyError(f"No layer or parameter {name!r}; the layers are {listed(self.layer_collection)}.")
+    def _unknown(self, name: str) -> UnknownName:
+        return UnknownName(f"No layer or parameter {name!r}; the layers are {listed(self.layer_collection)}.")
 
     def _tensors(self) -> list[Tensor]:
         if self.dict_repr is None:
@@ -218,12 +224,17 @@ class PVector(Arithmetic):
 
 def _checked(layers: LayerCollection, tensors: Mapping[str, Sequence[Tensor]]) -> ByLayer:
     """The tensors in the order of the layers, which must be the same, in the same shapes."""
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"`dict_repr` should be a dict, {{layer name: (weight, bias)}}; got {shown(tensors)}.")
     missing, unknown = [n for n in layers if n not in tensors], [n for n in tensors if n not in layers]
     if missing or unknown:
         raise ValueError(
             f"`dict_repr` does not fit the LayerCollection: {listed(missing)} missing, {listed(unknown)} unknown."
         )
-    checked = {name: tuple(tensors[name]) for name in layers}
+    for name in layers:
+        if not isinstance(tensors[name], Sequence):
+            raise TypeError(f"`dict_repr` of layer {name!r} should be a tuple of tensors; got {shown(tensors[name])}.")
+    checked = {name: tuple(tensor(f"dict_repr[{name!r}]", x, "", real=False) for x in tensors[name]) for name in layers}
     for name, layer in layers.layers.items():
         found = [tuple(x.shape) for x in checked[name]]
         if found != [tuple(shape) for shape in layer.shapes.values()]:
