@@ -75,7 +75,12 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Noted:
-    """The function of a case, which notes how many examples it is called with."""
+    """The function of a case, which notes how many examples it is called with.
+
+    In slots: with other values in its `__dict__`, it would be another function, about which nothing is known.
+    """
+
+    __slots__ = ("at", "sizes", "__weakref__")
 
     def __init__(self, at: Setting):
         self.at, self.sizes = at, list[int]()

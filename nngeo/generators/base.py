@@ -63,8 +63,12 @@ class Generator(ABC):
         """The diagonal blocks (p, p) of F by layer, and the number of examples."""
 
     @abstractmethod
-    def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
-        """Per-layer gradients of mini-batches; NotImplementedError where the matrix is no sum of their squares."""
+    def records(self, examples: Any, layer_collection: LayerCollection, factors: bool = True) -> Iterator[BatchRecord]:
+        """Per-layer gradients of mini-batches; `factors` says whether those of linear maps have to be there.
+
+        Raises:
+            NotImplementedError: the matrix is no sum of their squares.
+        """
 
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:

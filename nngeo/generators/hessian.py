@@ -69,7 +69,7 @@ class HessianGenerator(Generator):
             blocks[name], n = self.dense(examples, LayerCollection([layer]))
         return blocks, n
 
-    def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
+    def records(self, examples: Any, layer_collection: LayerCollection, factors: bool = True) -> Iterator[BatchRecord]:
         """Not for a Hessian: it is indefinite, so no mean of outer products of gradients."""
         raise NotImplementedError(
             "A Hessian is no mean of outer products of gradients, which this representation is made of. "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nngeo.generators.base import Generator, device_of, dtype_is_one
 from nngeo.generators.batches import MASK_KEYS, Batch, Function, Target
+from nngeo.generators.columns import columns_pay, record_by_columns
 from nngeo.generators.kept import KeptJacobian, LinearizedGenerator, require_second_derivatives
 from nngeo.generators.linearized import Linearizer, ReverseGraph
 from nngeo.generators.outputs import check_mode, check_outputs, random_like
@@ -73,10 +74,11 @@ class JacobianGenerator(Generator):
         """The variant, and how its metric is estimated."""
         return f"{self.estimator.variant.name}, {type(self.estimator).__name__}"
 
-    def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
+    def records(self, examples: Any, layer_collection: LayerCollection, factors: bool = True) -> Iterator[BatchRecord]:
         """Records of mini-batches: small ones together; large ones in parts and, if need be, in chunks of cotangents.
 
-        Costs a forward for each mini-batch and a backward for each cotangent, both without gradients by weights.
+        Costs a forward for each mini-batch and a backward for each cotangent, both without gradients by weights; where
+        no `factors` are asked for and parameters are fewer than cotangents, two backwards for each parameter instead.
         """
         dtype_is_one(self.model, layer_collection)
         planner = Planner(self.model, self.function, layer_collection, self.check)
@@ -91,6 +93,10 @@ class JacobianGenerator(Generator):
                     stacklevel=2,
                 )
             c = self._cotangents_of(recording.outputs, group)
+            if not factors and (columns := self._by_columns(group, c, recording.like, layer_collection)) is not None:
+                del recording
+                yield columns
+                continue
             step = ceil(c.count / ceil(min(c.count, max(1, c.count * load(recording)))))
             padding = None
             if masks := self._masks(recording.outputs, group):
@@ -101,6 +107,20 @@ class JacobianGenerator(Generator):
                     c.chunk(start, stop), first=start == 0, retain=more, count=c.count, padding=padding
                 )
             del recording, padding  # before the next forward
+
+    def _by_columns(
+        self, group: list[Batch], c: Cotangents, like: Tensor, layers: LayerCollection
+    ) -> BatchRecord | None:
+        """The gradients column by column, if that is cheaper, and the model can be differentiated so."""
+        if not columns_pay(layers, c) or (whole := self._linearizer(layers)) is None:
+            return None
+        try:
+            return record_by_columns(whole, Batch.joined(group), c, like)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._linearizers[layers] = None  # as for products with vectors
+            return None
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> Tensor:
         """F v, like v (..., P): for each mini-batch J v, the metric at the outputs, and the pull-back.
@@ -174,7 +194,7 @@ class JacobianGenerator(Generator):
         """F (P, P), and the number of examples."""
         size = layer_collection.numel()
         total, n = torch.zeros(size, size, dtype=self.dtype, device=self.device), 0
-        for batch in self.records(examples, layer_collection):
+        for batch in self.records(examples, layer_collection, factors=False):
             rows = torch.cat([record.jacobian() for record in batch.layers.values()], -1).flatten(0, 1).mT
             add_inner(total, rows, rows)
             n += batch.n_examples if batch.first else 0
@@ -184,7 +204,7 @@ class JacobianGenerator(Generator):
         """The diagonal blocks (p, p) of F by layer, and the number of examples."""
         sums: dict[str, Tensor] = {}
         n = 0
-        for batch in self.records(examples, layer_collection):
+        for batch in self.records(examples, layer_collection, factors=False):
             for name, record in batch.layers.items():
                 rows = record.jacobian().flatten(0, 1)
                 sums[name] = sums.get(name, 0) + rows.mT @ rows

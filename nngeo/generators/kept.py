@@ -87,9 +87,9 @@ class LinearizedGenerator(Generator):
         """The diagonal blocks (p, p) of F by layer, and the number of examples."""
         return self.source.diagonal_blocks(examples, layer_collection)
 
-    def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
+    def records(self, examples: Any, layer_collection: LayerCollection, factors: bool = True) -> Iterator[BatchRecord]:
         """Per-layer gradients of mini-batches."""
-        return self.source.records(examples, layer_collection)
+        return self.source.records(examples, layer_collection, factors)
 
     def linearize(self, examples: Any, layer_collection: LayerCollection) -> LinearizedGenerator:
         """New graphs, at the parameters as they are now."""

@@ -31,9 +31,7 @@ class Point:
 
     def contracted(self, rows: Tensor) -> Tensor:
         """(m, k, b), the products of J v with the cotangents, for the rows v of (m, P)."""
-        c, pushed = self.cotangents, self.at.push(rows)
-        products = [c.chunk(j, j + 1) * pushed for j in range(c.count)]
-        return torch.stack([p.reshape(len(rows), self.size, -1).to(rows).sum(-1) for p in products], 1)
+        return self.cotangents.contracted(self.at.push(rows)).to(rows)
 
 
 class Pulled:

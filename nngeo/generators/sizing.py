@@ -125,4 +125,7 @@ def joined(cotangents: list[Cotangents], sizes: list[int]) -> Cotangents:
         cotangents[0].count,
         lambda start, stop: torch.cat([c.chunk(start, stop) for c in cotangents], 1),
         lambda v: torch.cat([c.metric(part) for c, part in zip(cotangents, v.split(sizes), strict=True)]),
+        lambda v: torch.cat(
+            [c.contracted(part[None])[0] for c, part in zip(cotangents, v.split(sizes), strict=True)], 1
+        ),
     )

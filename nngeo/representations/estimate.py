@@ -86,11 +86,14 @@ class Estimate(FullPrecision, ABC):
             )
         return self.generator
 
-    def _records(self, examples: Any) -> Iterator[BatchRecord] | None:
-        """What the mini-batches left at the layers; None for a matrix without a square root (a Hessian)."""
+    def _records(self, examples: Any, factors: bool = True) -> Iterator[BatchRecord] | None:
+        """What the mini-batches left at the layers; None for a matrix without a square root (a Hessian).
+
+        `factors` says whether the factors of linear maps are needed, or gradients do.
+        """
         generator = self._source()
         try:
-            return generator.records(examples, self.layer_collection)
+            return generator.records(examples, self.layer_collection, factors)
         except NotImplementedError:
             return None
 

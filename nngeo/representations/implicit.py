@@ -134,7 +134,7 @@ class PMatImplicit(MatrixFree):
     def _diag(self) -> Tensor:
         """(P,), in one sweep, from the squares of gradients; layer by layer from dense blocks if there are none."""
         layers = self.layer_collection
-        batches = self._records(self.examples)
+        batches = self._records(self.examples, factors=False)
         if batches is None:
             total = torch.cat([self._dense_block(layer).diagonal() for layer in layers.layers.values()])
         else:

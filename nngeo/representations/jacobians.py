@@ -24,7 +24,7 @@ def jacobian_of(estimate: Estimate, examples: Any, *, pad: bool = False) -> tupl
     Raises:
         MemoryError: before more is allocated than fits.
     """
-    batches, name = estimate._records(examples), type(estimate).__name__
+    batches, name = estimate._records(examples, factors=False), type(estimate).__name__
     if batches is None:
         raise NotImplementedError(f"A Hessian is not made of gradients of examples: there is no {name} of it.")
     rows = _Rows(estimate.layer_collection, name, Examples(examples).total(), pad)

@@ -56,6 +56,11 @@ class LayerwisePMat(PMat):
         """The type of a layer's block; `view` is None where the layer has no Kronecker factors."""
         return self.block_type
 
+    @property
+    def _needs_factors(self) -> bool:
+        """Whether blocks are made of the factors of linear maps, rather than of gradients."""
+        return not getattr(self, "block_type", Block).takes_dense
+
     def _options(self) -> dict[str, Any]:
         """Keyword arguments for the blocks' `statistic`."""
         return {}
@@ -63,7 +68,7 @@ class LayerwisePMat(PMat):
     # Estimation
 
     def _estimate(self, examples: Any) -> tuple[dict[str, Block], int]:
-        batches = self._records(examples)
+        batches = self._records(examples, factors=self._needs_factors)
         if batches is None:
             return self._from_diagonal_blocks(examples)
         layers, sums, options = self.layer_collection, Sums(), self._options()

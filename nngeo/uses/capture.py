@@ -21,7 +21,7 @@ class Captured(Generator):
     def __init__(self, model: nn.Module):
         self.model, self.function = model, None
 
-    def records(self, examples: Any, layer_collection: LayerCollection) -> Iterator[BatchRecord]:
+    def records(self, examples: Any, layer_collection: LayerCollection, factors: bool = True) -> Iterator[BatchRecord]:
         return iter([examples])
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:

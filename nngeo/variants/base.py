@@ -17,7 +17,8 @@ class Cotangents:
     """Vectors c_k at the outputs of every example; the sum of c_k c_k' over k is the metric there.
 
     `chunk(start, stop)` builds (stop - start, b, *outputs) when it is asked: (k, b, *outputs) need never be held whole.
-    `metric(v)` is the metric times v (b, *outputs), in closed form where there is one.
+    `metric(v)` is the metric times v (b, *outputs), and `products(v)` are the products (k, b) of all cotangents with
+    it; in closed form where there is one.
 
     >>> c = Cotangents.from_tensor(torch.tensor([[[1.0, 2.0]], [[0.0, 3.0]]]))  # k = 2, b = 1, two outputs
     >>> c.count, c.chunk(1, 2)
@@ -29,6 +30,7 @@ class Cotangents:
     count: int
     chunk: Callable[[int, int], Tensor]
     metric: Callable[[Tensor], Tensor]
+    products: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def from_tensor(cls, c: Tensor) -> Cotangents:
@@ -53,7 +55,18 @@ class Cotangents:
             c[at - start, :, at] = flat[:, at].mT.to(dtype)
             return c.reshape(len(c), *root.shape)
 
-        return cls(o, chunk, lambda v: (root.square() * v).to(v.dtype))
+        def products(v: Tensor) -> Tensor:
+            return (flat * v.reshape(b, o)).mT.to(v.dtype)
+
+        return cls(o, chunk, lambda v: (root.square() * v).to(v.dtype), products)
+
+    def contracted(self, rows: Tensor) -> Tensor:
+        """(m, k, b), the products of all cotangents with each of rows (m, b, *outputs)."""
+        if self.products is not None:
+            return torch.stack([self.products(row) for row in rows])
+        m, b = rows.shape[:2]
+        found = [(self.chunk(j, j + 1) * rows).reshape(m, b, -1).sum(-1) for j in range(self.count)]
+        return torch.stack(found, 1)
 
     def all(self) -> Tensor:
         """(k, b, *outputs), all at once."""

@@ -65,7 +65,11 @@ class SoftmaxVariant(Variant):
             product = x.sub_(torch.linalg.vecdot(p, x)[..., None]).mul_(p)
             return self._from_rows(keep(counted, product)[None], outputs)[0].to(v.dtype)
 
-        return Cotangents(count, chunk, metric)
+        def products(v: Tensor) -> Tensor:
+            log_p, log_tails = logarithms()
+            return _root_products(log_p, log_tails, keep(counted, self._rows(v).to(log_p.dtype))).to(v.dtype)
+
+        return Cotangents(count, chunk, metric, products)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         return draw(self._rows(working(outputs)).softmax(-1), generator).reshape(self.positions(outputs))
@@ -191,3 +195,15 @@ def _root(log_p: Tensor, log_tails: Tensor, position: Tensor, column: Tensor) ->
     entries = torch.where(classes > at, below, 0).scatter_(-1, at.expand(len(log_p), -1, -1), on)
     # A class of probability zero has no row; the formula would give inf - inf where all classes after j are such.
     return torch.where(log_pi == -math.inf, 0, entries)
+
+
+def _root_products(log_p: Tensor, log_tails: Tensor, x: Tensor) -> Tensor:
+    """(t (C - 1), b): the products of x (b, t, C) with all columns of `_root`, in O(C) for each position.
+
+    That of column j is sqrt(p_j r_j+1 / r_j) (x_j - the mean of x over the classes after j, weighted by p).
+    """
+    after = log_tails[..., 1:]
+    on = ((log_p[..., :-1] + after - log_tails[..., :-1]) / 2).exp()
+    rest, weighted = after.exp(), (log_p.exp() * x).flip(-1).cumsum(-1).flip(-1)[..., 1:]
+    # Where the classes after j have no probability that a number holds, the column is zero to half of all digits.
+    return torch.where(rest > 0, on * (x[..., :-1] - weighted / rest), 0).flatten(1).mT
