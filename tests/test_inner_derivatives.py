@@ -116,6 +116,46 @@ def test_residuals_of_differential_equations(residual: Callable, representation)
     assert_close(matrix.mv(v), rows.mT @ (rows @ v) / 6, **EXACT)
 
 
+def laplacian_without_asking_for_gradients(net: nn.Module, x: Tensor) -> Tensor:
+    """Of a copy of the inputs, as scripts write it, which depends on nothing else."""
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return slope
+
+
+@pytest.mark.parametrize("residual", [laplacian_by_hessian, laplacian_without_asking_for_gradients])
+def test_residuals_may_be_functions_of_functions(residual):
+    """What is remembered of a function goes through its closures; torch's own functions are known as themselves."""
+    net, x, v = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double(), drawn(6, 2), drawn(17, seed=1)
+    settings = {"points": (x, [{"weight": (1.0, ((2.0,),))}])}
+
+    def scaled(points: Tensor) -> Tensor:
+        return settings["points"][1][0]["weight"][0] * residual(net, points)
+
+    rows = reference.jacobian(net, (x, x), lambda x, _: residual(net, x)).flatten(0, 1)
+    matrix = FIM(net, x, PMatImplicit, variant="regression", function=lambda points: scaled(points))
+    assert_close(matrix.mv(v), rows.mT @ (rows @ v) / 6, **EXACT)
+    found = jacobian_of(net, x, "weight", function=lambda points: scaled(points))
+    assert_close(found.flatten(0, 1).T @ found.flatten(0, 1), rows.T @ rows, **EXACT)
+
+
+def test_a_residual_that_detaches_its_points_has_no_derivative_by_them():
+    net, x = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double(), drawn(6, 2)
+    found = jacobian_of(net, x, function=lambda x: laplacian_without_asking_for_gradients(net, x))
+    assert_close(found, torch.zeros_like(found))
+
+
+def test_parameters_kept_from_outside_are_refused():
+    net, x = nn.Linear(2, 1).double(), drawn(6, 2)
+    kept = dict(net.named_parameters())
+
+    def slopes(x: Tensor) -> Tensor:
+        return torch.vmap(torch.func.grad(lambda z: torch.func.functional_call(net, kept, (z,)).sin()[0]))(x)
+
+    with pytest.raises(NotImplementedError, match="kept by `function` from outside"):
+        FIM(net, x, PMatDense, "regression", function=slopes)
+
+
 @pytest.mark.parametrize("representation", [nngeo.PMatKFAC, nngeo.PMatEKFAC])
 def test_kronecker_factors_of_residuals_are_refused_by_name(representation):
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()

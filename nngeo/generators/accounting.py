@@ -171,7 +171,8 @@ class Accounting:
         refusal = NotImplementedError(
             f"Gradients of single examples by the parameters of layer {name!r} ({kind}) can't be computed: run one by "
             "one, the examples give other gradients than in a batch, where they influence each other (normalization "
-            "over the batch?), or the layer can't be run again. Leave it out by `layer_collection="
+            "over the batch?), or the layer can't be run again with other parameters (kept by `function` from outside, "
+            "for torch.func.functional_call?). Leave it out by `layer_collection="
             "LayerCollection.from_model(model, layers=...)`."
         )
         refusal.__cause__ = self.errors.get(name)

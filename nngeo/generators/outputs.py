@@ -72,7 +72,7 @@ def _culprit(batch: Batch, model: nn.Module, function: Function | None) -> str:
 
     handles = [note(name, module) for name, module in model.named_modules() if name]
     try:
-        with untouched(model), torch.no_grad():
+        with untouched(model), torch.enable_grad():
             batch.run(model, function)
     finally:
         for handle in handles:

@@ -51,8 +51,8 @@ class LayerRecord:
         if self.view is None:
             raise NotImplementedError(
                 f"Layer {self.layer.name!r} ({self.layer.kind}) has no Kronecker factors: it is not a linear map, or "
-                "its weight is used outside its forward, or by a map of another form. Use PMatEKFACBlockDiag, or "
-                "PMatMixed with another representation for it."
+                "its weight is used outside its forward, within torch.func or a derivative, or by a map of another "
+                "form. Use PMatEKFACBlockDiag, or PMatMixed with another representation for it."
             )
         return self._factors
 

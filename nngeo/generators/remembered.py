@@ -25,8 +25,8 @@ class Remembered(Generic[Found]):
 
     def of(self, model: nn.Module, function: Function | None, layers: LayerCollection) -> dict[Any, Found]:
         """What is known, by whatever keys the caller uses; empty, and to be filled, at first."""
-        key = signature(model, layers), None if function is None else code_of(function)
         try:
+            key = signature(model, layers), None if function is None else code_of(function)
             hash(key)
         except TypeError:  # what such a function refers to can't be compared: it is looked at every time
             return {}

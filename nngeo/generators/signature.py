@@ -75,8 +75,8 @@ FEW = 8
 def code_of(function: Any) -> Any:
     """Something hashable that is equal for functions that do the same: a `lambda` made anew is the same function.
 
-    That is their code, and what it refers to, in closures, defaults, and globals: modules, trained tensors and other
-    objects as themselves, numbers by value, other tensors by shape and dtype.
+    That is their code, and what it refers to, in closures, defaults, and globals: modules, trained tensors, functions
+    of torch and other objects as themselves, numbers by value, other tensors by shape and dtype.
 
     Raises:
         TypeError: something is neither hashable nor can be held weakly.
@@ -87,7 +87,8 @@ def code_of(function: Any) -> Any:
 def _code(value: Any, depth: int, above: set[int]) -> Any:
     if isinstance(value, (*_VALUES, complex, bytes, types.EllipsisType, types.CodeType, torch.dtype, torch.device)):
         return type(value), value
-    if isinstance(value, nn.Module | type | types.ModuleType) or depth == 0 or id(value) in above:
+    known = isinstance(value, nn.Module | type | types.ModuleType) or _is_of_torch(value)
+    if known or depth == 0 or id(value) in above:
         return Same(value)
     if isinstance(value, Tensor):
         return Same(value) if value.requires_grad or isinstance(value, nn.Parameter) else _contents(value)
@@ -99,6 +100,10 @@ def _code(value: Any, depth: int, above: set[int]) -> Any:
     if parts is None:
         return Same(value), plain(getattr(value, "__dict__", None))
     return type(value), tuple(_code(part, depth - 1, above | {id(value)}) for part in parts)
+
+
+def _is_of_torch(value: Any) -> bool:
+    return isinstance(value, types.FunctionType) and (value.__module__ or "").split(".")[0] == "torch"
 
 
 def _contents(tensor: Tensor) -> Any:

@@ -47,8 +47,7 @@ class LogLikelihood(ABC):
 
     def forward(self, x: Any, model: nn.Module, target: Tensor | None = None) -> Tensor:
         """The log likelihood of each example (b,), or its sum or mean."""
-        with torch.no_grad():
-            val = _outputs(model, x)
+        val = _outputs(model, x)
         found = self.log_density(val, self._target(target, val)).reshape(len(val), -1).sum(-1)
         return self._aggregated(found)
 
@@ -59,8 +58,7 @@ class LogLikelihood(ABC):
         if _nothing(model, wrt):
             return None
         with own_derivatives(model):
-            with torch.no_grad():
-                val = _outputs(model, x)
+            val = _outputs(model, x)
             residual = self.residual(val, self._target(target, val))
             return self._aggregated(products.vjp(model, x, residual.reshape(len(val), -1), wrt))
 
@@ -75,8 +73,7 @@ class LogLikelihood(ABC):
             return None
         options: dict[str, Any] = {"method": _METHODS[self.metric_backprop], "reduce": _REDUCE[self.aggregate_batch]}
         with own_derivatives(model):
-            with torch.no_grad():
-                metric = self.metric(_outputs(model, x))
+            metric = self.metric(_outputs(model, x))
             if self.metric_shape == "diag":
                 return _negative(products.jTmjp(model, x, metric, wrt, result="diag", **options))
             if is_weight(wrt) and branches(model) is not None:
@@ -170,7 +167,10 @@ class LogBernoulli(LogLikelihood):
 
 
 def _outputs(model: nn.Module, x: Any) -> Tensor:
-    return model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
+    """Without a graph, of a model that may differentiate inside."""
+    with torch.enable_grad():
+        found = model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
+    return found.detach()
 
 
 def _nothing(model: nn.Module, wrt: str) -> bool:

@@ -140,10 +140,10 @@ class InputDifferential(Differential):
     def _multiplications(self) -> float:
         """Of a forward; of a model that differentiates inside, what it computes."""
         try:
-            with quiet(), FlopCounterMode(display=False) as counter, torch.no_grad():
+            with quiet(), FlopCounterMode(display=False) as counter:
                 self._run(*self._leaves)
         except RuntimeError:  # the counter's hooks do not suit such models
-            with Made() as made, torch.no_grad():
+            with Made() as made:
                 self._run(*self._leaves)
             return made.elements
         return counter.get_total_flops() / 2

@@ -26,10 +26,11 @@ def outputs_of(model: nn.Module, x: Any, function: Function | None, create_graph
     """The outputs (b, ...) of a model that comes back as it was, checked; with a graph if asked for."""
     evaluation = Evaluation.of(model, x, function)
     facts_of(evaluation, LayerCollection(), ())
-    with many_derivatives(model), torch.set_grad_enabled(create_graph):
+    # With gradients, whether they are asked for or not: the model may differentiate inside.
+    with many_derivatives(model), torch.enable_grad():
         outputs = outputs_of_batch(evaluation.batch, model, evaluation.function)
         check_outputs(outputs.detach(), evaluation.batch, model, evaluation.function)
-    return outputs
+    return outputs if create_graph else outputs.detach()
 
 
 def metric_at(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from nngeo.factories import Jacobian
 from nngeo.generators import Batch, Examples
 from nngeo.generators.batches import Function
-from nngeo.generators.outputs import tensor_of
+from nngeo.generators.independence import run
 from nngeo.layers import LayerCollection
+from nngeo.layers.replace import replaced
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.spectrum import logarithm
 from nngeo.products import jmjTp
@@ -279,9 +280,8 @@ class Laplace:
         for batch in examples:
             moved = batch.to(next(self.model.parameters()).device)
             if targets := moved.targets(self.function):
-                with torch.no_grad():
-                    f = tensor_of(moved.run(self.model, self.function)).to(self._fit.dtype)
-                    fit, count = self._likelihood.fit(f, *targets)
+                f = run(self.model, self.function, moved).detach().to(self._fit.dtype)
+                fit, count = self._likelihood.fit(f, *targets)
                 self._fit, self._count = self._fit + fit, self._count + count
 
     def _inputs(self, x: Any) -> Any:
@@ -290,10 +290,9 @@ class Laplace:
     def _outputs(self, x: Any) -> Tensor:
         content = self._inputs(x)
         batch = Batch.of(content).to(next(self.model.parameters()).device)
-        with torch.no_grad():
-            if self.function is not None or isinstance(content, Mapping):
-                return tensor_of(batch.run(self.model, self.function)).to(self.F.dtype)
-            return tensor_of(self.model(*batch.content)).to(self.F.dtype)
+        by_user = self.function is not None or isinstance(content, Mapping)
+        function = self.function if by_user else self.model  # of all entries: none is a target
+        return run(self.model, function, batch).detach().to(self.F.dtype)
 
     def _pushed(self, x: Any, result: str) -> Tensor:
         return jmjTp(
@@ -303,14 +302,10 @@ class Laplace:
 
     def _networks(self, x: Any, draws: Tensor) -> Tensor:
         """(n, b, ...), the outputs of networks with weights (n, P); the model is given these for a moment."""
-        parameters = list(self.F.layer_collection.parameters(self.model))
-        kept, outputs = [p.data for p in parameters], []
-        try:
-            for draw in draws:
-                for p, (_, value) in zip(parameters, PVector(self.F.layer_collection, draw), strict=True):
-                    p.data = value.to(p)
+        own, outputs = dict(self.F.layer_collection.named_parameters(self.model)), []
+        for draw in draws:
+            values = PVector(self.F.layer_collection, draw)
+            drawn = {name: value.to(p) for (name, p), (_, value) in zip(own.items(), values, strict=True)}
+            with replaced(self.model, drawn):
                 outputs.append(self._outputs(x))
-        finally:
-            for p, value in zip(parameters, kept, strict=True):
-                p.data = value
         return torch.stack(outputs)
