@@ -153,6 +153,103 @@ def test_the_geodesic_equation_carries_the_initial_velocity_to_the_end():
     assert_close(torch.from_numpy(solved.y[:2, -1]), end[0], rtol=0, atol=1e-2)
 
 
+# ------------------------------------------------------------------------------------------ decoders of any kind
+
+
+def pooled() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 64), nn.Unflatten(1, (1, 8, 8)), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 5))
+
+
+def perceptron(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 32), activation, nn.Linear(32, 32), activation, nn.Linear(32, 20))
+
+
+KINKED = {
+    "relu": lambda: perceptron(nn.ReLU()),
+    "leaky": lambda: perceptron(nn.LeakyReLU()),
+    "hardtanh": lambda: perceptron(nn.Hardtanh()),
+    "few": lambda: nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3)),
+    "pooled": pooled,
+    "mixed": lambda: nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 20), nn.Sigmoid()),
+}
+DECODERS = KINKED | {"tanh": lambda: perceptron(nn.Tanh()), "softplus": lambda: perceptron(nn.Softplus())}
+each_decoder = pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS)
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A decoder, and the ends of six curves."""
+    torch.manual_seed(seed)
+    return make().double(), torch.randn(6, 2).double(), torch.randn(6, 2).double()
+
+
+def polygon_length(model: nn.Module, path: Tensor) -> Tensor:
+    """Of the images of points (b, p, n)."""
+    with torch.no_grad():
+        outputs = model(path.flatten(0, 1)).reshape(*path.shape[:2], -1)
+    return outputs.diff(dim=1).norm(dim=2).sum(1)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@each_decoder
+def test_no_geodesic_is_longer_than_the_straight_line(make, seed):
+    model, start, end = seeded(make, seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*take more segments", ConvergenceWarning)
+        found = geodesics(model, start, end)
+    straight = CubicSpline.straight(start, end)
+    length, before = (polygon_length(model, c(times(4001))) for c in (found.curve, straight))
+    assert bool(found.converged.all())
+    assert bool((length <= before * (1 + 1e-9)).all())
+    assert bool((found.length <= found.straight_length * (1 + 1e-9)).all())
+    assert_close(found.length, length, rtol=2e-3, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*take more segments")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_path_across_a_crease_is_the_straight_one_of_the_unfolded_surface(optimizer):
+    """A sheet folded along x = 0 is as far across as it is when flat."""
+
+    def folded(x: Tensor) -> Tensor:
+        beyond = x[:, :1].relu()
+        return torch.cat([2 * beyond, x[:, 1:] + beyond, (-x[:, :1]).relu()], 1)
+
+    start, end = points((-1.0, -0.5), (-0.4, 0.2)), points((1.0, -2.0), (0.7, -1.5))
+    found = geodesics(model_of(folded), start, end, optimizer=OPTIMIZERS[optimizer], segments=20)
+    crossing = torch.linspace(-3, 3, 60001, dtype=torch.float64)
+    at = torch.stack([torch.zeros_like(crossing), crossing], 1)
+    beyond = end[:, None] - at
+    legs = (at - start[:, None]).norm(dim=2) + (beyond @ points((2.0, 1.0), (0.0, 1.0))).norm(dim=2)
+    assert_close(found.length, legs.amin(1), rtol=2e-2, atol=0)
+    assert bool((found.length < found.straight_length * 0.96).all())
+
+
+@each_decoder
+def test_a_search_that_is_cut_short_is_no_longer_than_the_straight_line(make):
+    model, start, end = seeded(make, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = geodesics(model, start, end, max_evaluations=3, tol=0)
+    straight = CubicSpline.straight(start, end)
+    assert bool(
+        (
+            polygon_length(model, found.curve(times(4001))) <= polygon_length(model, straight(times(4001))) * (1 + 1e-9)
+        ).all()
+    )
+
+
+def test_energies_where_the_derivative_jumps_are_those_of_chords():
+    model, start, end = seeded(KINKED["relu"], 1)
+    found = geodesics(model, start, end)
+    assert_close(found.length, curve_length(model, found.curve, method="chords", points=64))
+    assert_close(found.energy, curve_energy(model, found.curve, method="chords", points=64))
+
+
+def test_a_decoder_with_one_latent_gets_constant_speed():
+    model = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, 5)).double()
+    found = geodesics(model, points((-2.0,)), points((2.0,)))
+    assert bool(found.converged) and found.uneven < 0.02
+
+
 # ------------------------------------------------------------------------------------------ what comes back
 
 

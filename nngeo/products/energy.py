@@ -36,6 +36,7 @@ def curve_energy(
         metric: M, of the kinds that all products take, for b p outputs, or a function of the outputs that returns one.
         method: "metric" integrates J c', exactly but for the quadrature; "chords" sums squared differences of the
             outputs at successive points, which needs no derivative of the model; its error is of order 1 / points^2.
+            Where J jumps (ReLU), quadrature is off by what the jumps are between two points: take "chords".
         points: for each segment, of Gauss's quadrature or at equal distances.
         create_graph: whether the result is differentiable in the curve, the model, and the metric.
 
@@ -104,6 +105,29 @@ def _squares(
         speeds = at.push(c.derivative(t).reshape(1, at.domain.b, at.domain.d))
         squares = (speeds * m.apply(speeds, at.codomain)).sum(-1)[0].reshape(at_t.shape[:2])
     return squares, weights.to(squares)
+
+
+def derivative_jumps(model: nn.Module, curve: Curve, points: int, function: Function | None) -> bool:
+    """Whether J jumps along curves, as that of a network of ReLUs, which is piecewise constant.
+
+    Chords are compared with the mean of the derivatives at their ends. Where J is smooth, they differ by far less than
+    these two derivatives do; where it jumps between them, by 0.3 of that on average.
+    """
+    t, _ = _equidistant(4 * curve.segments * points)
+    t = t.to(curve.start.device)
+    x = curve(t).flatten(0, 1)
+    with differential(model, x, "input", function=function) as at:
+        speeds = at.push(curve.derivative(t).reshape(1, at.domain.b, at.domain.d))[0]
+    speeds = speeds.reshape(len(curve.start), len(t), -1) / (len(t) - 1)
+    path = outputs_of(model, x, function, create_graph=False).reshape(speeds.shape)
+    least = torch.finfo(speeds.dtype).eps ** 0.5 * float(speeds.norm(dim=-1).sum())
+    for step in (1, 2):  # a jump in the middle between two points is seen from every second point
+        v, chords = step * speeds[:, ::step], path[:, ::step].diff(dim=1)
+        error = float((chords - (v[:, 1:] + v[:, :-1]) / 2).norm(dim=-1).sum())
+        change = float(v.diff(dim=1).norm(dim=-1).sum())
+        if change > least and error > 0.15 * change:
+            return True
+    return False
 
 
 def _norms(m: Metric, steps: Tensor, space: Space, end: bool) -> Tensor:

@@ -15,12 +15,15 @@ from nngeo.generators.batches import Function
 from nngeo.linalg.cg import ConvergenceWarning
 from nngeo.linalg.decompose import cholesky
 from nngeo.products.curves import CubicSpline, Curve, DiscreteCurve, basis
-from nngeo.products.energy import curve_energy, curve_length, quadrature
+from nngeo.products.energy import curve_energy, curve_length, derivative_jumps, quadrature
 from nngeo.products.outputmetric import OutputMetric
 
 KINDS: dict[str, type[Curve]] = {"spline": CubicSpline, "discrete": DiscreteCurve}
 # Speeds that vary by more than this mean that a curve is too coarse for its metric.
 UNEVEN = 0.02
+# Evaluations after which an energy with kinks is taken to be at its minimum, if it went down by less than tol^2 each;
+# after half of them the search begins again, elsewhere nearby.
+PATIENCE = 40
 
 TorchOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -33,7 +36,7 @@ class Geodesics:
     energy: Tensor  # (b,)
     length: Tensor  # (b,)
     straight_length: Tensor  # (b,), of the straight lines between the same ends
-    converged: Tensor  # (b,), whether the slope is below the tolerance
+    converged: Tensor  # (b,), whether the slope is below the tolerance, or an energy with kinks goes down no further
     slope: Tensor  # (b,), norm of the energy's gradient, relative to the energy and the distance of the ends
     uneven: Tensor  # (b,), 1 - length^2 / energy: 0 at constant speed, as geodesics have it
     evaluations: int  # of all energies and their gradient
@@ -48,7 +51,7 @@ def geodesics(
     curve: str | Curve = "spline",
     segments: int = 10,
     optimizer: str | TorchOptimizer = "l-bfgs",
-    method: str = "metric",
+    method: str | None = None,
     points: int = 4,
     tol: float = 1e-3,
     max_evaluations: int = 500,
@@ -59,14 +62,17 @@ def geodesics(
     They are geodesics in the sense of a local minimum, near the straight line or near the curve that is given.
     Coefficients are measured by the integral of |c'|^2, in which the energy under a constant metric is perfectly
     conditioned, so that the number of evaluations does not grow with the segments. The relative error of an energy is
-    of the order of its slope squared.
+    of the order of its slope squared. No curve is longer than the one that the search began with, by default the
+    straight line.
 
     Args:
         metric: at the outputs; see `curve_energy`.
         curve: "spline" (cubic), "discrete" (polygons), or curves to begin with, which keep their ends.
         optimizer: "l-bfgs", scipy's L-BFGS-B; or a function that makes a torch optimizer of a list of tensors, as
             `lambda z: torch.optim.Adam(z, lr=0.05)`.
-        method, points: of the energy.
+        method, points: of the energy. By default "metric"; "chords" where J jumps on the way, as that of a decoder of
+            ReLUs does: there the energy by quadrature jumps, too, and has no slope that leads down. What comes back
+            then is measured by 16 times as many chords.
         tol: the slope at which a curve has converged.
         max_evaluations: of all energies with their gradient.
 
@@ -78,20 +84,23 @@ def geodesics(
     (True, True)
     """
     first = _first(curve, start, end, segments)
-    options: dict[str, Any] = {"metric": metric, "method": method, "points": points, "function": function}
-    search = _Search(model, first, options, tol, max_evaluations)
+    kinks = method is None and derivative_jumps(model, first, points, function)
+    options: dict[str, Any] = {"metric": metric, "method": method or ("chords" if kinks else "metric")}
+    options |= {"points": points, "function": function}
+    search = _Search(model, first, options, tol, max_evaluations, kinks)
     if optimizer == "l-bfgs":
         search.by_scipy()
     elif callable(optimizer):
         search.by_torch(optimizer)
     else:
         raise ValueError(f'`optimizer` is {optimizer!r}; it should be "l-bfgs", or a function of a list of tensors.')
-    best = search.found()
-    straight = curve_length(model, type(first).straight(first.start, first.end, first.segments), **options)
-    energy, length = curve_energy(model, best, **options), curve_length(model, best, **options)
+    measured = options | {"points": 16 * points} if kinks else options
+    best = _no_longer(model, search.found(), first, measured, kinks)
+    straight = curve_length(model, type(first).straight(first.start, first.end, first.segments), **measured)
+    energy, length = curve_energy(model, best, **measured), curve_length(model, best, **measured)
     uneven = torch.where(energy > 0, 1 - length**2 / energy, 0)
-    _warn(search.slopes, tol, uneven)
-    return Geodesics(best, energy, length, straight, search.slopes <= tol, search.slopes, uneven, search.evaluations)
+    _warn(search.slopes, search.converged, tol, uneven)
+    return Geodesics(best, energy, length, straight, search.converged, search.slopes, uneven, search.evaluations)
 
 
 class _Done(Exception):
@@ -101,11 +110,15 @@ class _Done(Exception):
 class _Search:
     """Energies as a function of coefficients z (b, m, ...) whose square is the integral of |c'|^2.
 
-    For each curve the coefficients with the smallest slope that were met are kept.
+    For each curve the coefficients with the smallest slope that were met are kept; with kinks, those of the least
+    energy, as there the slope need not vanish at a minimum.
     """
 
-    def __init__(self, model: nn.Module, first: Curve, options: dict[str, Any], tol: float, limit: int):
+    def __init__(
+        self, model: nn.Module, first: Curve, options: dict[str, Any], tol: float, limit: int, kinks: bool = False
+    ):
         self.model, self.first, self.options, self.tol, self.limit = model, first, options, tol, limit
+        self.kinks = kinks
         self.evaluations = 0
         distance = (first.end - first.start).flatten(1).norm(dim=1)
         self._distance = torch.where(distance > 0, distance, 1)
@@ -113,8 +126,16 @@ class _Search:
         self._inverse = torch.linalg.inv(self._root)
         self._best = first.coefficients.detach().clone()
         self.slopes = torch.full_like(self._distance, torch.inf)
+        self._least = torch.full_like(self._distance, torch.inf)  # energies
+        self._mark = self._least.clone()  # energies from which a descent is measured,
+        self._stalled = torch.zeros_like(self._distance)  # and the evaluations since
         energy, _ = self.evaluate(self._whole(), self._z(self._best))
         self._scale = torch.where(energy > 0, energy, 1)
+
+    @property
+    def converged(self) -> Tensor:
+        """(b,), which curves are at a minimum."""
+        return (self.slopes <= self.tol) | (self.kinks & (self._stalled >= PATIENCE))
 
     def found(self) -> Curve:
         """The best curves."""
@@ -134,7 +155,12 @@ class _Search:
         finite = torch.isfinite(energy) & torch.isfinite(grad.flatten(1)).all(1)
         norms = torch.where(finite, grad.flatten(1).norm(dim=1) * self._distance[rows], torch.inf)
         slopes = torch.where(finite & (norms == 0), 0, norms / energy.abs())
-        better = slopes < self.slopes[rows]
+        down = finite & (energy < self._least[rows])
+        self._least[rows[down]] = energy[down]
+        self._stalled[rows] += 1
+        further = self._least < self._mark * (1 - self._stalled * self.tol**2)
+        self._mark[further], self._stalled[further] = self._least[further], 0
+        better = down if self.kinks else slopes < self.slopes[rows]
         self.slopes[rows[better]] = slopes[better]
         self._best[rows[better]] = w.detach()[better]
         return energy, torch.where(self._column(finite), grad, 0)
@@ -148,15 +174,10 @@ class _Search:
             # The first step of L-BFGS-B has length 1, which should be less than the distance of the ends.
             unit = self._column(0.3 * self._distance[rows] / len(rows) ** 0.5)
             z = self._z(self._best[rows]) / unit
-
-            def objective(flat: Any, rows: Tensor = rows, unit: Tensor = unit, like: Tensor = z) -> tuple[float, Any]:
-                self._stop_if_done(rows)
-                at = torch.from_numpy(flat).to(like).reshape(like.shape)
-                energy, grad = self.evaluate(rows, at * unit)
-                energy = torch.where(torch.isfinite(energy), energy, 1e6 * self._scale[rows])
-                relative = grad * unit / self._column(self._scale[rows])
-                return float((energy / self._scale[rows]).double().sum()), relative.double().flatten().cpu().numpy()
-
+            if self.kinks and before > 1:  # away from a kink at which a line search ended
+                nudge = torch.randn(z.shape, generator=torch.Generator().manual_seed(before)).to(z)
+                z = z + 0.1 * nudge / nudge.norm()
+            objective = self._objective(rows, unit, z)
             stop = {"maxfun": self.limit - before, "maxiter": self.limit, "ftol": 0.0, "gtol": 0.0, "maxcor": 20}
             try:
                 optimize.minimize(
@@ -164,8 +185,21 @@ class _Search:
                 )
             except _Done:
                 continue
-            if len(self._open()) == len(rows):
+            if len(self._open()) == len(rows) and not self.kinks:
                 return  # a line search found nothing better
+
+    def _objective(self, rows: Tensor, unit: Tensor, like: Tensor) -> Callable[[Any], tuple[float, Any]]:
+        """The sum of relative energies and its gradient, for scipy."""
+        ends = self._stalled[rows] + PATIENCE / 2
+
+        def objective(flat: Any) -> tuple[float, Any]:
+            self._stop_if_done(rows, ends)
+            energy, grad = self.evaluate(rows, torch.from_numpy(flat).to(like).reshape(like.shape) * unit)
+            energy = torch.where(torch.isfinite(energy), energy, 1e6 * self._scale[rows])
+            relative = grad * unit / self._column(self._scale[rows])
+            return float((energy / self._scale[rows]).double().sum()), relative.double().flatten().cpu().numpy()
+
+        return objective
 
     def by_torch(self, make: TorchOptimizer) -> None:
         """Steps of a torch optimizer on the sum of all relative energies."""
@@ -188,12 +222,14 @@ class _Search:
         except _Done:
             return
 
-    def _stop_if_done(self, rows: Tensor) -> None:
-        if self.evaluations >= self.limit or bool((self.slopes[rows] <= self.tol).all()):
+    def _stop_if_done(self, rows: Tensor, stalled: Tensor | float = torch.inf) -> None:
+        """Stop when all curves of these rows have converged, or have stalled for as many evaluations."""
+        done = self.converged[rows] | (self.kinks & (self._stalled[rows] >= stalled))
+        if self.evaluations >= self.limit or bool(done.all()):
             raise _Done
 
     def _open(self) -> Tensor:
-        return (self.slopes > self.tol).nonzero().flatten()
+        return (~self.converged).nonzero().flatten()
 
     def _whole(self) -> Tensor:
         return torch.arange(len(self._distance), device=self._distance.device)
@@ -215,6 +251,30 @@ def _stiffness_root(curve: Curve) -> Tensor:
     return cholesky((slopes * weights[:, None]).mT @ slopes)
 
 
+def _no_longer(model: nn.Module, found: Curve, first: Curve, options: dict[str, Any], kinks: bool) -> Curve:
+    """The curves found; the first ones where those are longer.
+
+    Twice as many points tell how well a length is known. With kinks, where that is not well, a curve has to be shorter
+    for sure, unless it is the same line at another speed, which is as long.
+    """
+    finer = options | {"points": 2 * options["points"]}
+    new, fine = (curve_length(model, found, **each) for each in (options, finer))
+    length = fine + torch.where(kinks & ~_on_the_line(found), 2, -2) * (fine - new).abs()
+    longer = length > curve_length(model, first, **finer)
+    kept = longer.reshape(-1, *[1] * (found.coefficients.ndim - 1))
+    return type(found)(found.start, found.end, torch.where(kept, first.coefficients, found.coefficients))
+
+
+def _on_the_line(curve: Curve) -> Tensor:
+    """(b,), which curves do not leave the straight line between their ends."""
+    c, line = (
+        curve.coefficients.flatten(2),
+        nn.functional.normalize((curve.end - curve.start).flatten(1), dim=1)[:, None],
+    )
+    aside = c - (c * line).sum(2, keepdim=True) * line
+    return aside.flatten(1).norm(dim=1) <= torch.finfo(c.dtype).eps ** 0.5 * c.flatten(1).norm(dim=1)
+
+
 def _first(curve: str | Curve, start: Tensor, end: Tensor, segments: int) -> Curve:
     if isinstance(curve, str):
         if curve not in KINDS:
@@ -225,8 +285,8 @@ def _first(curve: str | Curve, start: Tensor, end: Tensor, segments: int) -> Cur
     return type(curve)(start.detach(), end.detach(), curve.coefficients.detach())
 
 
-def _warn(slopes: Tensor, tol: float, uneven: Tensor) -> None:
-    missed = (slopes > tol).nonzero().flatten().tolist()
+def _warn(slopes: Tensor, converged: Tensor, tol: float, uneven: Tensor) -> None:
+    missed = (~converged).nonzero().flatten().tolist()
     if missed:
         warnings.warn(
             f"Curves {missed} have not converged: slopes {[f'{s:.1e}' for s in slopes[missed].tolist()]}, tol={tol:g}. "
@@ -234,7 +294,7 @@ def _warn(slopes: Tensor, tol: float, uneven: Tensor) -> None:
             ConvergenceWarning,
             stacklevel=3,
         )
-    coarse = ((uneven > UNEVEN) & (slopes <= tol)).nonzero().flatten().tolist()
+    coarse = ((uneven > UNEVEN) & converged).nonzero().flatten().tolist()
     if coarse:
         warnings.warn(
             f"Curves {coarse} have no constant speed (1 - length^2 / energy is "
