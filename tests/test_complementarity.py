@@ -169,3 +169,16 @@ def test_small_singular_problems_are_left():
     g, q = torch.ones(3, 3, dtype=torch.float64), -torch.ones(2, 3, dtype=torch.float64)
     _, solved = pivoted(g.numpy(), q.numpy(), (q < 0).numpy(), 20)
     assert not solved.any()
+
+
+@seeds
+@pytest.mark.parametrize("m", [16, 32])
+def test_a_guess_leaves_two_rounds_of_pivoting(m, seed):
+    """Projections of gradients in conflict, which take more from where q is negative."""
+    rows = normal(m, m, seed=seed)
+    g = rows @ rows.T / rows.norm() ** 2 + 1e-4 * torch.eye(m, dtype=torch.float64)
+    d = g.diagonal().rsqrt()
+    g = (g * d * d[:, None]).numpy()
+    guessed, started = (pivoted(g, g, sets, 2)[1] for sets in (None, g < 0))
+    assert guessed.mean() > 0.9
+    assert started.mean() < 0.5

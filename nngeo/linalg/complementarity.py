@@ -13,7 +13,7 @@ from nngeo.linalg.pivoting import pivoted
 
 ENTRIES = 2**16  # of the systems factored at once: larger blocks are slower, by page faults and caches
 MASKED = 40  # unknowns up to which systems of the full size are cheaper than those of the sets
-FEW = 32  # unknowns below which pivoting from the start is cheaper than a guess
+FEW = 40  # unknowns up to which pivoting by numpy is faster
 GUESSES = 50  # gradient steps for the guess
 ROUNDS = 20  # of pivoting: nearly singular problems that need more are faster one by one
 
@@ -37,7 +37,7 @@ def complementary_solutions(
     m, q = m * d * d[:, None], q * d
     solve = _by_masks if len(m) <= MASKED else _on_sets
     if len(m) <= FEW and m.device.type == "cpu" and m.dtype == torch.float64:
-        found, done = pivoted(m.numpy(), q.numpy(), (q < 0 if passive is None else passive).numpy(), max_iter)
+        found, done = pivoted(m.numpy(), q.numpy(), None if passive is None else passive.numpy(), max_iter)
         z = torch.from_numpy(found)
         if done.all():
             return z.clamp_(min=0).mul_(d), torch.from_numpy(done)

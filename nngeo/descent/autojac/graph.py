@@ -50,4 +50,11 @@ def leaves(tensors: Iterable[Tensor], beyond: Iterable[Tensor] = ()) -> list[Ten
 
 def kinds(tensors: Iterable[Tensor]) -> frozenset[str]:
     """The names of the operations in the graph."""
-    return frozenset(type(node).__qualname__ for node, _ in edges([edge(t) for t in tensors]))
+    seen: set[Node] = set()
+    left = [edge(t)[0] for t in tensors]
+    while left:
+        node = left.pop()
+        if node not in seen:
+            seen.add(node)
+            left += [deeper for deeper, _ in node.next_functions if deeper is not None]
+    return frozenset(type(node).__qualname__ for node in seen)

@@ -31,9 +31,8 @@ class Rows:
         for tensor in self.tensors:
             begin, end = max(start, first), min(stop, first + tensor.numel())
             if begin < end:
-                rows = torch.arange(begin, end, device=tensor.device)
                 cotangent = tensor.new_zeros(stop - start, tensor.numel())
-                cotangent[rows - start, rows - first] = 1
+                cotangent[begin - start : end - start, begin - first : end - first].fill_diagonal_(1)
                 tensors.append(tensor)
                 cotangents.append(cotangent.view(-1, *tensor.shape))
             first += tensor.numel()
