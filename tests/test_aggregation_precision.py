@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from nngeo.descent import aggregation, backward, jac_to_grad
+from nngeo.descent import Engine, aggregation, autojac, backward, jac_to_grad
 from nngeo.descent.autojac import combine
 from nngeo.linalg.gramian import row_gramian
 from tests.aggregators import EVERY, FEWEST, build, matrix, normal
@@ -139,3 +141,78 @@ def test_weights_come_in_the_dtype_of_what_they_are_found_from(name):
     assert aggregator.weighting(j).dtype == torch.float32
     assert aggregator.gramian_weighting(row_gramian(j)).dtype == torch.float64
     assert FEWEST.get(name, 1) <= 5
+
+
+ENGINE_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Tanh(), nn.Linear(9, 2)),
+    "conv": lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(256, 2)),
+    "embedding": lambda: nn.Sequential(Bins(), nn.Embedding(5, 3), nn.Flatten(), nn.Linear(192, 2)),
+    "norm": lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 2)),
+    "positions": lambda: nn.Sequential(nn.Flatten(), nn.Unflatten(1, (2, 32)), nn.Linear(32, 32), nn.Tanh()),
+    "tied": lambda: Tied(),
+}
+
+
+class Bins(nn.Module):
+    """Numbers to one of five indices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) * 50).long() % 5
+
+
+class Tied(nn.Module):
+    """Words, whose table is the head, too, and what differs by little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(99, 7), nn.Linear(7, 99, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(torch.tensor([1, 5], device=x.device).expand(len(x), 2))
+        return self.head((h * x[:, 0, 0, :2, None]).tanh()).flatten(1)
+
+
+def alike(m: int) -> Tensor:
+    """Images that differ by a thousandth, so that their gradients are nearly parallel."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(1, 1, 8, 8, generator=generator) + 1e-3 * torch.rand(m, 1, 8, 8, generator=generator)
+
+
+@pytest.mark.parametrize("name", ENGINE_NETWORKS)
+def test_gramians_of_an_engine_are_those_of_float32_rows_in_double_precision(name):
+    """To the rounding of the rows: far below that of a float32 product, for rows that are nearly parallel."""
+    torch.manual_seed(0)
+    model, x = ENGINE_NETWORKS[name](), alike(6)
+    engine = Engine(model, batch_dim=0)
+    losses = model(x).square().flatten(1).sum(1)
+    found = engine.compute_gramian(losses)
+    parameters = list(model.parameters())
+    rows = torch.cat([j.flatten(1) for j in autojac.jac(losses, parameters)], 1).double()
+    assert found.dtype == torch.float64
+    d = found.diagonal().rsqrt()
+    cosines, differences = found * d * d[:, None], rows / rows.norm(dim=1, keepdim=True)
+    # |u_i - u_j|^2 = 2 - 2 cos(i, j): about 1e-6 or less.
+    assert_close(2 - 2 * cosines, torch.cdist(differences, differences).square(), rtol=1e-2, atol=1e-12)
+
+
+def test_steps_of_an_engine_hand_weightings_double_precision_and_give_weights_of_the_losses():
+    model, x, seen = ENGINE_NETWORKS["linear"](), alike(6), []
+    losses = model(x).square().sum(1)
+
+    def weighting(gramian: Tensor) -> Tensor:
+        seen.append(gramian.dtype)
+        return gramian.new_full((6,), 1 / 6)
+
+    weights = Engine(model, batch_dim=0).step(losses, weighting)
+    assert (seen, weights.dtype) == ([torch.float64], torch.float32)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_weights_in_double_precision_go_backward_from_losses_in_single():
+    model, x = ENGINE_NETWORKS["linear"](), alike(6)
+    losses = model(x).square().sum(1)
+    weights = aggregation.UPGradWeighting()(Engine(model, batch_dim=0).compute_gramian(losses))
+    losses.backward(weights, retain_graph=True)
+    expected = torch.autograd.grad((weights * losses).sum(), list(model.parameters()))
+    assert_close([p.grad for p in model.parameters()], list(expected))

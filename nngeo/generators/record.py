@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
@@ -94,11 +95,15 @@ class LayerRecord:
             found = self.view.to_flat(self._factors.squares())
         return found if into is None else into.add_(found)
 
-    def gram(self, other: LayerRecord) -> Tensor:
-        """(k, b, l, c), inner products with the gradients of another mini-batch, or of the same one."""
+    def gram(self, other: LayerRecord, dtype: torch.dtype | None = None) -> Tensor:
+        """(k, b, l, c), inner products with the gradients of another mini-batch, or of the same one.
+
+        The products are in a dtype, if given.
+        """
         if self.view is not None and self.view == other.view:
-            return self._factors.gram(other._factors)  # type: ignore[arg-type]
-        x, y = self.jacobian(), other.jacobian()
+            return self._factors.gram(other._factors, dtype)  # type: ignore[arg-type]
+        x = self.jacobian().to(dtype or self.like.dtype)
+        y = x if other is self else other.jacobian().to(x.dtype)
         return inner(x.flatten(0, 1), y.flatten(0, 1)).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
 
     def forming(self) -> int:

@@ -110,18 +110,19 @@ class OuterProducts:
             return g.permute(0, 2, 1, 4, 3) * a[:, :, None]
         return inner(g.permute(0, 2, 1, 4, 3).flatten(2, 3), a.mT).unflatten(2, (g.shape[1], g.shape[4]))
 
-    def gram(self, other: OuterProducts) -> Tensor:
-        """(k, b, l, c), inner products with the gradients of another mini-batch.
+    def gram(self, other: OuterProducts, dtype: torch.dtype | None = None) -> Tensor:
+        """(k, b, l, c), inner products with the gradients of another mini-batch; the products in a dtype, if given.
 
         Through inner products of the factors, or of the gradients, whichever takes fewer multiplications.
         """
         (n, k, b, t, _), (m, c, s) = self.g.shape, other.g.shape[1:4]
         ghost, dense = self._gram_costs(other)
         if t * s > 1 and (dense < ghost or n * k * b * t * m * c * s > 4 * BUDGET):
-            return self._gram_of_rows(other)
+            return self._gram_of_rows(other, dtype or self.g.dtype)
 
         def products(x: Tensor, y: Tensor) -> Tensor:
-            return moment(x) if other is self else inner(x, y)
+            x = x.to(dtype or x.dtype)
+            return moment(x) if other is self else inner(x, y.to(x.dtype))
 
         a = self.a.flatten(1, 2)
         inputs = products(a, a if other is self else other.a.flatten(1, 2)).unflatten(2, (c, s)).unflatten(1, (b, t))
@@ -144,18 +145,20 @@ class OuterProducts:
         through_factors = n * b * t * c * s * (self.i + k * m * (o + 1))
         return through_factors, self.forming() + other.forming() + n * o * self.i * k * b * m * c
 
-    def _gram_of_rows(self, other: OuterProducts) -> Tensor:
+    def _gram_of_rows(self, other: OuterProducts, dtype: torch.dtype) -> Tensor:
         """The same from the gradients, some of the rows o at a time."""
         (n, k, b, _, o), (m, c) = self.g.shape, other.g.shape[1:3]
         step = max(1, BUDGET // max(1, n * self.i * max(k * b, m * c)))
-        total, a, z = self.g.new_zeros(k * b, m * c), self.a, None if other is self else other.a
+        total = self.g.new_zeros(k * b, m * c, dtype=dtype)
+        a, z = self.a, None if other is self else other.a
         for start in range(0, o, step):
             rows = slice(start, start + step)
-            x = self._products(a, self.g[..., rows]).permute(2, 1, 0, 3, 4).reshape(k * b, -1)
+            x = self._products(a, self.g[..., rows]).permute(2, 1, 0, 3, 4).reshape(k * b, -1).to(dtype)
             if z is None:
                 total += moment(x)
             else:
-                total += inner(x, self._products(z, other.g[..., rows]).permute(2, 1, 0, 3, 4).reshape(m * c, -1))
+                y = self._products(z, other.g[..., rows]).permute(2, 1, 0, 3, 4).reshape(m * c, -1)
+                total += inner(x, y.to(dtype))
         return total.view(k, b, m, c)
 
     def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:

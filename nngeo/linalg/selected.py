@@ -58,10 +58,11 @@ class SelectedProducts:
         out = total.new_zeros(self.size, total.shape[-1])
         return out.index_add_(0, self.index.flatten(), total.flatten(0, 1)).mT[None]
 
-    def gram(self, other: SelectedProducts) -> Tensor:
-        """(k, b, l, c), inner products with the gradients of another mini-batch."""
-        same = (self.index[:, :, None, None] == other.index).to(self.g.dtype)
-        outputs = torch.einsum("kbto,lcso->kbtlcs", self._kept(), other._kept())
+    def gram(self, other: SelectedProducts, dtype: torch.dtype | None = None) -> Tensor:
+        """(k, b, l, c), inner products with the gradients of another mini-batch; the products in a dtype, if given."""
+        dtype = dtype or self.g.dtype
+        same = (self.index[:, :, None, None] == other.index).to(dtype)
+        outputs = torch.einsum("kbto,lcso->kbtlcs", self._kept().to(dtype), other._kept().to(dtype))
         return torch.einsum("btcs,kbtlcs->kblc", same, outputs)
 
     def forming(self) -> int:

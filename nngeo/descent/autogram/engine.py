@@ -18,7 +18,7 @@ from nngeo.descent.autogram.objectives import Objectives
 from nngeo.descent.autogram.planner import Planner
 from nngeo.descent.autogram.pulled import Pulled
 from nngeo.descent.autojac import arguments
-from nngeo.generators.sources import candidates, uses_of
+from nngeo.generators.sources import candidates, full_precision, uses_of
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.models import check_usable
 
@@ -76,7 +76,7 @@ class Engine:
     ) -> Tensor | dict[str, Tensor]:
         """`J J'` (m, m) of m losses of any shape, in row-major order; `J1 J2'` (m, l) with other losses.
 
-        The graph is kept.
+        In float64, since a Gramian in float32 has lost what its rows differ by. The graph is kept.
 
         Args:
             other: losses of another forward pass.
@@ -132,7 +132,7 @@ class Engine:
                     _accumulate(p, None if grad is None else grad.clone())
         if not retain_graph:
             self._watcher.forget(rows.graph.nodes)
-        return w
+        return w.to(full_precision(losses).dtype)
 
     def remove(self) -> None:
         """Take the hooks off the modules."""

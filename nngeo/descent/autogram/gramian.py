@@ -1,4 +1,4 @@
-"""Gramians of the rows of J, layer by layer, in blocks where not all rows are to be held."""
+"""Gramians of the rows of J, layer by layer, in float64, in blocks where not all rows are to be held."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def _products(x: Pulled, y: Pulled, name: str, bs: slice, cs: slice) -> Tensor:
     vectors = x.vectors(name, bs)
     others = vectors if same else y.vectors(name, cs)
     if vectors is not None and others is not None:
-        return vectors.gram(others)
+        left = vectors.double()
+        return left.gram(left if same else others.double())
     record = x.record(name, bs)
     return inner_products(record, record if same else y.record(name, cs))
 

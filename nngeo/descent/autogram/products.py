@@ -18,18 +18,18 @@ Ways = tuple[SelectedProducts, OuterProducts]
 
 
 def inner_products(x: LayerRecord, y: LayerRecord) -> Tensor:
-    """(k, b, l, c), with nothing computed twice where both are the same."""
+    """(k, b, l, c), in float64, with nothing computed twice where both are the same."""
     if x.view is not None and x.view == y.view:
-        return x.gram(y)
+        return x.gram(y, torch.float64)
     left = _two_ways(x.parts)
     right = left if y is x else _two_ways(y.parts)
     if left is not None and right is not None and _entries(left, right) <= _dense_entries(x, y):
         (s, o), (other_s, other_o) = left, right
         mixed = _mixed(s, other_o)
         swapped = (mixed if y is x else _mixed(other_s, o)).permute(2, 3, 0, 1)
-        return s.gram(other_s) + o.gram(other_o) + mixed + swapped
-    rows = x.jacobian()
-    return torch.einsum("kbp,lcp->kblc", rows, rows if y is x else y.jacobian())
+        return s.gram(other_s, torch.float64) + o.gram(other_o, torch.float64) + mixed + swapped
+    rows = x.jacobian().double()
+    return torch.einsum("kbp,lcp->kblc", rows, rows if y is x else y.jacobian().double())
 
 
 def _two_ways(parts: Sequence[Gradients]) -> Ways | None:
@@ -65,5 +65,5 @@ def _mixed(s: SelectedProducts, m: OuterProducts) -> Tensor:
     """(k, b, l, c): `sum_ts d[l, c, s, index[b, t]] <g[k, b, t], x[c, s]>`."""
     b, t = s.index.shape
     selected = m.g[0][..., s.index.flatten()].unflatten(-1, (b, t)) * s.keep
-    inputs = torch.einsum("kbto,cso->kbtcs", s.g[0], m.a[0])
-    return torch.einsum("kbtcs,lcsbt->kblc", inputs, selected)
+    inputs = torch.einsum("kbto,cso->kbtcs", s.g[0].double(), m.a[0].double())
+    return torch.einsum("kbtcs,lcsbt->kblc", inputs, selected.double())

@@ -22,6 +22,10 @@ class Vectors:
     d: Tensor
     bias: bool
 
+    def double(self) -> Vectors:
+        """The same numbers in float64."""
+        return Vectors(self.x.double(), self.d.double(), self.bias)
+
     def gram(self, other: Vectors) -> Tensor:
         """(k, b, l, c): `(X X' + 1) * (D D')`."""
         (k, b, _), (m, c, _) = self.d.shape, other.d.shape
