@@ -14,6 +14,7 @@ from nngeo.generators.batches import Batch, Function
 from nngeo.generators.outputs import check_outputs, outputs_of
 from nngeo.generators.reads import Reads
 from nngeo.generators.untouched import Snapshot
+from nngeo.layers.caches import find
 
 FEW = 6  # examples on which a model is looked at before a sweep
 ALONE = 8  # examples of each batch that are run alone, where Python reads values
@@ -122,6 +123,8 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
 
     before, versions = _random_states(), [x._version for x in batch.tensors()]
     try:
+        with Snapshot(model).restored(), torch.enable_grad():
+            find(model, lambda: outputs_of(batch, model, function))
         outputs = (look or plain)(batch)
         draws = any(not torch.equal(s, t) for s, t in zip(before, _random_states(), strict=True))
         if draws and any(not torch.equal(outputs, plain(batch)) for _ in range(3)):

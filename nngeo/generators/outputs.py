@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.untouched import untouched
+from nngeo.layers.caches import filled_anew
 
 
 def tensor_of(outputs: Any) -> Tensor:
@@ -29,7 +30,8 @@ def tensor_of(outputs: Any) -> Tensor:
 
 def outputs_of(batch: Batch, model: nn.Module, function: Function | None) -> Tensor:
     """The outputs (b, ...) of a batch; the axis of a single example is put back where `.squeeze()` has removed it."""
-    outputs = tensor_of(batch.run(model, function))
+    with filled_anew(model):
+        outputs = tensor_of(batch.run(model, function))
     squeezed = outputs.ndim == 0 or len(outputs) != 1
     return outputs[None] if squeezed and batch.size == 1 else outputs
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeo.layers.caches import ABSENT, INTERNAL, is_container, note_filled
+
 
 class Snapshot:
-    """A model's buffers, `requires_grad` flags, `.grad`, and tensors and plain values kept as attributes.
+    """A model's buffers, `requires_grad` flags, `.grad`, and tensors, plain values, dicts and lists kept as attributes.
 
     Parameters are never written to by nngeo. The other tensors are copied, because a model's forward may write to them.
     """
@@ -21,12 +23,15 @@ class Snapshot:
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         # The attributes of scripted modules are not Python's; they have parameters and buffers.
         own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        places: list[dict[str, Any]] = [place for m in own for place in (m._buffers, vars(m))]
+        places: list[tuple[nn.Module, dict[str, Any]]] = [(m, place) for m in own for place in (m._buffers, vars(m))]
         self._before = [
-            (place, len(place), {k: v for k, v in place.items() if k not in _INTERNAL and isinstance(v, _STATE)})
-            for place in places
+            (m, place, len(place), {k: v for k, v in place.items() if k not in _KEPT and isinstance(v, _STATE)})
+            for m, place in places
         ]
-        tensors = [x for _, _, found in self._before for x in found.values() if isinstance(x, Tensor)]
+        self._containers = [
+            (m, name, value, value.copy()) for m in own for name, value in vars(m).items() if is_container(name, value)
+        ]
+        tensors = [x for *_, found in self._before for x in found.values() if isinstance(x, Tensor)]
         tensors += [x for m in model.modules() if isinstance(m, torch.jit.ScriptModule) for x in m.buffers(False)]
         self._copies = [(x, x.detach().clone()) for x in tensors]
         self._device = self._parameters[0][0].device.type if self._parameters else "cpu"
@@ -43,11 +48,20 @@ class Snapshot:
                     p.requires_grad_(flag)
                 if p.grad is not grad:
                     p.grad = grad
-            for place, size, found in self._before:
+            for module, name, value, content in self._containers:
+                note_filled(module, name, content, vars(module).get(name))
+                vars(module)[name] = value
+                value.clear()
+                value.update(content) if isinstance(value, dict) else value.extend(content)
+            for module, place, size, found in self._before:
                 if len(place) > size:
                     new = [name for name, value in place.items() if name not in found and isinstance(value, Tensor)]
                     for name in new:
-                        del place[name]
+                        value = place.pop(name)
+                        if place is vars(module):
+                            note_filled(module, name, ABSENT, value)
+                for name in [name for name, value in found.items() if value is None]:
+                    note_filled(module, name, None, place.get(name))
                 place.update(found)
             with torch.no_grad():
                 for x, copy in self._copies:
@@ -62,7 +76,7 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 _STATE = (type(None), bool, int, float, str, Tensor)
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # of every module: hooks and the like
+_KEPT = INTERNAL - {"training"}
 
 
 @contextmanager

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nngeo.layers.caches import emptied
+
 
 @contextmanager
 def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Parameters, by name, are these tensors inside; everywhere where the module and its children hold them.
 
     `torch.func.functional_call` (torch 2.13) leaves its tensors in a model of which a module is registered under two
-    names; here every module is visited once, and tied parameters move together.
+    names; here every module is visited once, and tied parameters move together. Caches of the parameters are empty.
     """
     by_id = {id(module.get_parameter(name)): tensor for name, tensor in tensors.items()}
     places = [
@@ -26,7 +28,8 @@ def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     try:
         for own, name, p in places:
             own[name] = by_id[id(p)]  # type: ignore[assignment]
-        yield
+        with emptied(module):
+            yield
     finally:
         for own, name, p in places:
             own[name] = p
