@@ -203,3 +203,40 @@ def test_the_first_look_runs_few_examples_whatever_the_depth(depth):
     first = model.run_in(lambda: nngeo.FIM(model, batch, nngeo.PMatDiag, "token_logits"))
     again = model.run_in(lambda: nngeo.FIM(model, batch, nngeo.PMatDiag, "token_logits"))
     assert first - again <= 2 * 6 + 2 + 2 * 6
+
+
+def mixing(net: Any, x: Tensor) -> Tensor:
+    """Examples influence each other, and Python reads a value."""
+    return net.head(x - x.mean(0) if float(x.detach().sum()) < 1e9 else x)
+
+
+UNCHECKED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "diagonal": lambda model, x: nngeo.FIM(model, (x,), nngeo.PMatDiag, check=False),
+    "kernel": lambda model, x: NTK(model, (x,), check=False),
+    "product": lambda model, x: nngeo.FIM(model, (x,), nngeo.PMatImplicit, check=False).mv(
+        nngeo.PVector.from_model(model)
+    ),
+    "linearized": lambda model, x: nngeo.FIM(model, (x,), nngeo.PMatImplicit, check=False).linearize(),
+}
+
+
+@pytest.mark.parametrize("call", UNCHECKED.values(), ids=UNCHECKED)
+def test_without_a_check_nothing_is_compared(call):
+    """Examples that influence each other would be found by any comparison."""
+    model, x = owning(mixing, (1,), head=nn.Linear(3, 2)), drawn(9, 3)
+    model.own.requires_grad_(False)
+    call(model, x)
+    call(model, 2 * x)
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_without_a_check_the_first_call_runs_only_what_it_needs(depth):
+    """The layouts, from one example and a few; and how much they take, from a few."""
+    model, batch = counted(depth)
+    options = {
+        "variant": "token_logits",
+        "check": False,
+        "layer_collection": nngeo.LayerCollection.from_model(model, nn.Linear),
+    }
+    first = model.run_in(lambda: nngeo.FIM(model, batch, nngeo.PMatDiag, **options))
+    assert first == 1 + 6 + 6 + 6

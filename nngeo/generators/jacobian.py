@@ -40,7 +40,8 @@ class JacobianGenerator(Generator):
             outputs, the "attention_mask" of a dict batch, unless the model is an encoder and decoder.
         target: the target of a batch: a function of it, its index or its key; by default what `Batch.targets` says.
         n_output: the number of outputs to expect.
-        check: whether the rules are compared with autograd on the first examples (see `accounting`).
+        check: whether the first examples are looked at: whether the rules agree with autograd (see `accounting`), and
+            whether examples influence each other.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class JacobianGenerator(Generator):
     def _linearizer(self, layers: LayerCollection) -> Linearizer | None:
         if layers not in self._linearizers:
             dtype_is_one(self.model, layers)
-            self._linearizers[layers] = Linearizer(self.model, self.function, layers)
+            self._linearizers[layers] = Linearizer(self.model, self.function, layers, self.check)
         return self._linearizers[layers]
 
     def _product(self, name: str, x: Tensor, examples: Any, layers: LayerCollection) -> Any:

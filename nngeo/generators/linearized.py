@@ -76,14 +76,15 @@ class Linearizer:
     One vector: by one forward in dual numbers that records the reverse graph, too; `pull` is then one backward. Many
     vectors, or where a kernel of the model has no forward-mode derivative, or another one than its gradient
     (torch.no_grad and `padding_idx` stop gradients, but not tangents: the first mini-batch is tested): by a
-    `ReverseGraph`, one forward for all vectors.
+    `ReverseGraph`, one forward for all vectors. Without `check` nothing is tested, and it is always that one.
     """
 
-    def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection):
+    def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, check: bool = True):
         self.model, self.function, self.layers = model, function, layers
         self._replay = Replay(model, function)
         self._apart: dict[tuple, list[bool]] = {}
-        self._facts: Facts | None = None  # known when the first mini-batch has been looked at
+        # Known when the first mini-batch has been looked at.
+        self._facts = None if check else Facts(reads=False, forward_mode=False)
 
     @property
     def facts(self) -> Facts:
