@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 import nngeo
 from nngeo import FIM, LayerCollection, PMatDense, PMatKFAC, PVector, random_pvector, register_rule
+from nngeo.generators.batches import Batch
+from nngeo.generators.plans import Planner
 from nngeo.layers import Affine1d, Cosine1d, WeightNorm1d, WeightNorm2d, conv, rule_for
 from nngeo.layers.linear import LinearRule
 from tests import networks, reference
@@ -259,6 +261,32 @@ def test_a_subclass_is_served_where_it_keeps_forward():
     assert isinstance(rule_for(Kept(3, 4)), FlippedRule) and rule_for(Doubled(3, 4)) is None
     assert rule_for(networks.CosineLinear(3, 3)) is None
     assert isinstance(rule_for(nn.modules.linear.NonDynamicallyQuantizableLinear(3, 3)), LinearRule)
+
+
+# Used outside of the calls of their modules: by a parent, by a function, or in a vectorised or differentiated forward.
+ELSEWHERE = {
+    "attention": {"0.attend.out_proj"},
+    "attention_first": {"0.attend.out_proj"},
+    "attention_cross": {"attend.out_proj"},
+    "encoder_layer": {"layer.self_attn.out_proj"},
+    "vision_transformer": {"attend.attend.out_proj"},
+    "parent_uses_child": {"inner"},
+    "parent_replaces_child": {"inner"},
+    "hidden_use": {"inner"},
+    "mapped": {"1.body", "1.head"},
+    "force_field": {"body", "head"},
+}
+
+
+@each_case
+@pytest.mark.filterwarnings("ignore:The outputs do not depend on")
+def test_each_registered_rule_is_right_so_that_it_is_the_one_in_the_plan(case):
+    """A wrong rule would be passed over in silence, for the generic one: right, but slow and without factors."""
+    model = case.make()
+    layers = LayerCollection.from_model(model)
+    plan = Planner(model, case.function(model), layers, check=True).plan(Batch.of(case.batch()))
+    ruled = {name for name in layers if all(rule_for(model.get_submodule(host)) for host in plan.uses[name])}
+    assert {name for name in ruled if not plan.sources[name].fast} == ELSEWHERE.get(case.id, set())
 
 
 # ------------------------------------------------------------------------------------------ patches

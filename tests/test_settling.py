@@ -240,3 +240,42 @@ def test_without_a_check_the_first_call_runs_only_what_it_needs(depth):
     }
     first = model.run_in(lambda: nngeo.FIM(model, batch, nngeo.PMatDiag, **options))
     assert first == 1 + 6 + 6 + 6
+
+
+class Noting(nn.Module):
+    """A layer without a rule that calls a function before it runs."""
+
+    def __init__(self, before: Callable[[], None]):
+        super().__init__()
+        self.scale, self.before = nn.Parameter(torch.ones(3)), before
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.before()
+        return x * self.scale.exp()
+
+
+@pytest.mark.parametrize("at", [1, 2], ids=["in the sweep", "when it is run again for its gradients"])
+def test_a_plan_that_failed_is_made_anew(at):
+    count, fails_at = 0, -1
+
+    def before() -> None:
+        nonlocal count
+        count += 1
+        if count == fails_at:
+            raise RuntimeError("at this call")
+
+    model, batch = nn.Sequential(nn.Linear(3, 3), Noting(before)), (torch.randn(4, 3),)
+
+    def calls() -> int:
+        nonlocal count
+        count = 0
+        nngeo.FIM(model, batch, nngeo.PMatDiag, "regression")
+        return count
+
+    first, again = calls(), calls()
+    assert first > again == 2
+    fails_at = at
+    with pytest.raises(RuntimeError, match="at this call"):
+        calls()
+    fails_at = -1
+    assert [calls(), calls()] == [first, again]

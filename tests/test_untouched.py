@@ -209,6 +209,7 @@ WRITES = {
     "another buffer": lambda layer, x: setattr(layer, "moving", layer.moving + x),
     "a buffer that was None": lambda layer, x: setattr(layer, "late", x),
     "an attribute in place": lambda layer, x: layer.plain.add_(x),
+    "a gradient": lambda layer, x: setattr(layer.weight, "grad", torch.ones_like(layer.weight)),
     "a new attribute": lambda layer, x: setattr(layer, "fresh", x),
 }
 

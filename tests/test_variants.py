@@ -13,6 +13,7 @@ from torch import Tensor, distributions, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
+import nngeo
 from nngeo.variants import (
     VARIANTS,
     Cotangents,
@@ -337,12 +338,12 @@ def test_mean_of_draws_at_log_probabilities_is_the_exact_metric(seed):
 
 
 @each_case
-def test_reset_repeats_the_draws(case):
+def test_every_sweep_begins_with_the_same_draws(case):
     estimator, outputs = MonteCarlo(case.build(), 20, torch.Generator().manual_seed(0)), case.outputs()
-    first, second = estimator(outputs).all(), estimator(outputs).all()
-    estimator.reset()
-    assert_close(estimator(outputs).all(), first, rtol=0, atol=0)
-    assert_close(estimator(outputs).all(), second, rtol=0, atol=0)
+    sweep, other = estimator.begun(), estimator.begun()
+    first, second = sweep(outputs).all(), sweep(outputs).all()
+    assert_close(other(outputs).all(), first, rtol=0, atol=0)
+    assert_close(other(outputs).all(), second, rtol=0, atol=0)
     assert not torch.equal(first, second)
 
 
@@ -819,3 +820,10 @@ def test_bad_input_gets_an_error_that_says_what_would_work(error):
 def test_targets_and_outputs_may_differ_by_axes_of_size_one():
     outputs, target = torch.randn(4, 1), torch.randn(4)
     assert_close(make_variant("regression").gradient(outputs, target), outputs - target[:, None])
+
+
+@pytest.mark.parametrize("representation", [nngeo.PMatDense, nngeo.PMatDiag, nngeo.PMatKFAC, nngeo.PMatEKFAC])
+def test_a_metric_without_cotangents_has_a_zero_matrix(representation):
+    model, batches = torch.nn.Linear(3, 2).double(), [(torch.randn(n, 3).double(),) for n in (2, 1)]
+    found = nngeo.FIM(model, batches, representation, lambda outputs, *targets: outputs.new_zeros(0, *outputs.shape))
+    assert found.n_examples == 3 and torch.equal(found.to_torch(), torch.zeros(8, 8).double())

@@ -66,9 +66,9 @@ def FIM(
         ignore_index: target of positions that do not count ("segmentation_logits", "token_logits", "causal_lm");
             None: all count.
         covariance: of the noise of "regression": a number, (o,) variances or (o, o); by default 1.
-        check: compare the layers' rules with autograd on a few examples, once for a model: about ten forward or backward
-            passes of up to six examples. Without it, unusual uses of parameters are not found, nor are examples that
-            influence each other.
+        check: compare the layers' rules with autograd on a few examples, once for a model: about ten forward or
+            backward passes of up to six examples. Without it, unusual uses of parameters are not found, nor are
+            examples that influence each other.
 
     Cost: a forward for each mini-batch, and a backward (without gradients by weights) for each of the k cotangents:
     the number of outputs, less one for a softmax, times the number of positions; one if empirical. Then what the

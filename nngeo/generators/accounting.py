@@ -88,6 +88,7 @@ class Accounting:
             points.append(self._settle(plan, few))
         unseen = set(self.layers).difference(*(found for _, found in points))
         plan.undetermined = unseen if self.before is None else unseen & self.before.undetermined
+        plan.failed = False  # as sources did that were tried
         plan.rounding = max(truth.rounding for truth, _ in points)
         return plan
 

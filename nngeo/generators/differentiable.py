@@ -16,6 +16,7 @@ from nngeo.generators.batches import Batch
 from nngeo.generators.untouched import Snapshot
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.kernels import plain_kernels
+from nngeo.layers.turn import TURN
 
 # Elements of gradients that one vectorised backward pass may hold: 2**24 are 64 MiB in float32.
 BUDGET = 2**24
@@ -83,7 +84,7 @@ def differentiable(model: nn.Module, layers: LayerCollection) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings of torch about itself."""
-    with warnings.catch_warnings():
+    with TURN, warnings.catch_warnings():
         # The first forward-mode derivative of a process warns about torch's own use of torch.jit.
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
         # Where torch has no batching rule, the vectorised pass is a loop: as fast as one written here.
@@ -167,7 +168,8 @@ class Backward:
 def _grad(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+    with TURN:  # activation checkpointing runs the model again
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
 
 
 def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:

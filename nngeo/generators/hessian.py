@@ -17,6 +17,7 @@ from nngeo.generators.outputs import check_mode, outputs_of
 from nngeo.generators.record import BatchRecord
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.turn import TURN
 
 
 class HessianGenerator(Generator):
@@ -76,6 +77,7 @@ class HessianGenerator(Generator):
             "Use PMatDense, PMatBlockDiag, PMatDiag or PMatImplicit; or GGN, its positive semidefinite part."
         )
 
+    @TURN
     def products(self, rows: Tensor, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
         """H applied to each row of (m, P), and the number of examples; all rows share a mini-batch's graph."""
         total, n = torch.zeros_like(rows), 0
@@ -84,6 +86,7 @@ class HessianGenerator(Generator):
             n += graph.size
         return (total / n if self.reduction == "mean" else total), n
 
+    @TURN
     def linearize(self, examples: Any, layer_collection: LayerCollection) -> LinearizedGenerator:
         """The same products from the graphs of all mini-batches, which are recorded here and kept."""
         graphs = list(self._graphs(examples, layer_collection))

@@ -15,6 +15,7 @@ from nngeo.generators.outputs import check_outputs, outputs_of
 from nngeo.generators.reads import Reads
 from nngeo.generators.untouched import Snapshot
 from nngeo.layers.caches import find
+from nngeo.layers.turn import TURN
 
 FEW = 6  # examples on which a model is looked at before a sweep
 ALONE = 8  # examples of each batch that are run alone, where Python reads values
@@ -115,6 +116,7 @@ def check_alone(
         _check_same(f"{e + 1}. of {batch.size}", found, outputs[e : e + 1])
 
 
+@TURN
 def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, look: Look | None = None) -> Tensor:
     """Raise if the model draws random numbers, or changes its input; the outputs of the batch, with their graph."""
 

@@ -25,6 +25,7 @@ from nngeo.generators.recording import Recording
 from nngeo.generators.sizing import Measure, OfRecords, Sizing, joined, load
 from nngeo.generators.sweeps import Sweeps
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.turn import TURN
 from nngeo.linalg.arguments import count, flag, shown
 from nngeo.linalg.contraction import add_inner
 from nngeo.variants import Cotangents, Estimator
@@ -81,9 +82,19 @@ class JacobianGenerator(Generator):
         Costs a forward for each mini-batch and a backward for each cotangent, both without gradients by weights; where
         no `factors` are asked for and parameters are fewer than cotangents, two backwards for each parameter instead.
         """
+        found = self._records(examples, layer_collection, factors)
+        while True:
+            with TURN:
+                batch = next(found, None)
+            if batch is None:
+                return
+            yield batch
+            del batch  # before the next forward
+
+    def _records(self, examples: Any, layer_collection: LayerCollection, factors: bool) -> Iterator[BatchRecord]:
         dtype_is_one(self.model, layer_collection)
         planner = Planner(self.model, self.function, layer_collection, self.check)
-        warned = False
+        warned, estimator = False, self.estimator.begun()
         for group in self._groups(OfRecords(planner, self.estimator, self._targets), examples):
             recording = planner.record(Batch.joined(group))
             if (unused := recording.plan.unused) and not warned:
@@ -93,7 +104,7 @@ class JacobianGenerator(Generator):
                     "Leave them out by `layer_collection=LayerCollection.from_model(model, layers=...)`.",
                     stacklevel=2,
                 )
-            c = self._cotangents_of(recording.outputs, group)
+            c = self._cotangents_of(recording.outputs, group, estimator)
             if not factors and (columns := self._by_columns(group, c, recording.like, layer_collection)) is not None:
                 del recording
                 yield columns
@@ -147,6 +158,7 @@ class JacobianGenerator(Generator):
         found = self._product("vjp", u.reshape(-1, *u.shape[-2:]), examples, layer_collection)
         return found.reshape(*u.shape[:-2], found.shape[-1])
 
+    @TURN
     def linearize(self, examples: Any, layer_collection: LayerCollection) -> LinearizedGenerator:
         """The same products from the graphs of all mini-batches, which are recorded here and kept."""
         whole = self._linearizer(layer_collection)
@@ -156,11 +168,11 @@ class JacobianGenerator(Generator):
                 "without linearize()."
             )
         parts: list[tuple[ReverseGraph, Cotangents]] = []
-        setting = whole.setting()
+        setting, estimator = whole.setting(), self.estimator.begun()
         for group in self._groups(whole, examples):
             batch = Batch.joined(group)
             graph = whole.graph(batch, setting)
-            parts.append((graph, self._cotangents_of(graph.outputs, group)))
+            parts.append((graph, self._cotangents_of(graph.outputs, group, estimator)))
             if len(parts) == 1:
                 require_second_derivatives(graph, whole)
                 graph.elements()  # here, not in the first product
@@ -173,23 +185,24 @@ class JacobianGenerator(Generator):
         return self._linearizers[layers]
 
     def _product(self, name: str, x: Tensor, examples: Any, layers: LayerCollection) -> Any:
-        whole = self._linearizer(layers)
-        if whole is not None:
-            try:
-                points = partial(self._points, whole, examples, pulls=name != "vTMv")
-                return getattr(WholeModelProducts(points, layers), name)(x)
-            except (NotImplementedError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self._linearizers[layers] = None  # an operation has no second derivative, or not in this way
+        with TURN:
+            whole = self._linearizer(layers)
+            if whole is not None:
+                try:
+                    points = partial(self._points, whole, examples, pulls=name != "vTMv")
+                    return getattr(WholeModelProducts(points, layers), name)(x)
+                except (NotImplementedError, RuntimeError) as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    self._linearizers[layers] = None  # an operation has no second derivative, or not in this way
         return getattr(LayerwiseProducts(partial(self.records, examples, layers), layers), name)(x)
 
     def _points(self, whole: Linearizer, examples: Any, rows: Tensor | None, pulls: bool = True) -> Iterator[Point]:
-        setting = whole.setting()
+        setting, estimator = whole.setting(), self.estimator.begun()
         for group in self._groups(whole, examples):
             batch = Batch.joined(group)
             at = whole.at(batch, rows, setting, pulls)
-            yield Point(at, self._cotangents_of(at.outputs, group), batch.size)
+            yield Point(at, self._cotangents_of(at.outputs, group, estimator), batch.size)
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
         """F (P, P), and the number of examples."""
@@ -212,19 +225,19 @@ class JacobianGenerator(Generator):
             n += batch.n_examples if batch.first else 0
         return {name: total / n for name, total in sums.items()}, n
 
-    def _cotangents_of(self, outputs: Tensor, group: list[Batch]) -> Cotangents:
+    def _cotangents_of(self, outputs: Tensor, group: list[Batch], estimator: Estimator) -> Cotangents:
         """Those of several mini-batches as one."""
         sizes = [batch.size for batch in group]
         if outputs.ndim == 0 or len(outputs) != sum(sizes):
             check_outputs(outputs, Batch.joined(group), self.model, self.function)  # which raises
         parts = zip(outputs.detach().split(sizes), group, strict=True)
-        return joined([self._cotangents(*part) for part in parts], sizes)
+        return joined([self._cotangents(*part, estimator) for part in parts], sizes)
 
-    def _cotangents(self, outputs: Tensor, batch: Batch) -> Cotangents:
+    def _cotangents(self, outputs: Tensor, batch: Batch, estimator: Estimator) -> Cotangents:
         check_outputs(outputs, batch, self.model, self.function)
         if self.n_output is not None and self.n_output != (found := self.estimator.variant.n_output(outputs)):
             raise ValueError(f"n_output={self.n_output}, but the model has {found} (outputs {tuple(outputs.shape)}).")
-        c = self.estimator(outputs, self._targets(batch), self._mask(batch))
+        c = estimator(outputs, self._targets(batch), self._mask(batch))
         return c if c.count else Cotangents.from_tensor(torch.zeros_like(outputs)[None])
 
     def _mask(self, batch: Batch) -> Tensor | None:
@@ -263,7 +276,6 @@ class JacobianGenerator(Generator):
     def _groups(self, measure: Measure, examples: Any) -> Iterator[list[Batch]]:
         """The mini-batches that are run as one, or parts of them."""
         check_mode(self.model)
-        self.estimator.reset()
         splits = self.estimator.by_example and not callable(self.mask)
         sizing = Sizing(measure, splits, joins=self.estimator.variant.by_example)
         return sizing.groups(self._sweeps.batches(examples, self.device, self.verbose))

@@ -15,6 +15,7 @@ from nngeo.generators.linearized import Linearizer, ReverseGraph
 from nngeo.generators.products import Point, WholeModelProducts
 from nngeo.generators.record import BatchRecord
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.turn import TURN
 from nngeo.variants import Cotangents
 
 
@@ -102,7 +103,8 @@ class LinearizedGenerator(Generator):
         if layers != self.layers:
             raise ValueError(f"The graphs were kept for {self.layers}, not for {layers}: call linearize() for these.")
         try:
-            yield self._kept
+            with TURN:
+                yield self._kept
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise

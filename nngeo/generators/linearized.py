@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -37,9 +36,6 @@ LARGE = 2**19
 
 # Elements that the graph of mini-batches run at a time may keep: 2**25 are 128 MiB in float32.
 KEPT = 2**25
-
-# Dual numbers are of one level for the whole process, so that one thread at a time can use them.
-DUAL = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -202,7 +198,7 @@ class Linearizer:
 
     def _forward(self, batch: Batch, rows: Tensor, setting: Setting, pulls: bool = True) -> Linearized:
         tangents = setting.tangents(rows)
-        with setting.entered(), DUAL, forward_ad.dual_level():
+        with setting.entered(), forward_ad.dual_level():  # of one level for the process
             with torch._C.DisableTorchFunction():  # whose modes would look at every step
                 leaves = [p.detach().requires_grad_(pulls) for p in setting.parameters]
                 duals = [forward_ad.make_dual(leaf, tangent) for leaf, tangent in zip(leaves, tangents, strict=True)]

@@ -16,6 +16,7 @@ from nngeo.generators.signature import code_of, signature
 from nngeo.generators.untouched import Snapshot
 from nngeo.generators.watch import LayoutChanged
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.turn import TURN
 
 # Structures of a model, and functions of a structure, whose plans are remembered.
 MOST = 64
@@ -30,11 +31,13 @@ class Planner:
     code of the function and what it refers to (see `code_of`).
     """
 
+    @TURN
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, check: bool):
         self.model, self.function, self.layers, self.check = model, function, layers, check
         self._before = Snapshot(model)
         self._known, self._function = self._place()
 
+    @TURN
     def plan(self, batch: Batch) -> Plan:
         """The plan for a batch.
 
@@ -43,7 +46,7 @@ class Planner:
             NotImplementedError: gradients of a layer can't be computed; the layer is named.
         """
         plan = self._known.get(key := (batch.kind, self._function))
-        if plan is None:
+        if plan is None or plan.failed:
             plan = self._known[key] = self._account(batch)
         return plan
 
@@ -57,18 +60,19 @@ class Planner:
         plan, banned = self.plan(batch), set[str]()
         while True:
             try:
-                forward = Forward.of(self.model, self.function, batch, plan.hosts(), plan.added(), self._before)
-                recording = Recording(self.model, self.function, self.layers, plan, forward)
-                if plan.reads:
-                    check_alone(self.model, self.function, batch, recording.outputs, plan.apart)
-                if plan.routed:
-                    check_rows(recording)
-                front, reached = recording.reaching(plan.undetermined, plan.rounding)
-                if not front:
-                    return recording
-                plan = self._account(batch, front=front, banned=banned, before=plan)
-                # They have been compared on examples that reach them, and what can be told by rounding was.
-                plan.undetermined -= reached
+                with TURN, plan.followed():
+                    forward = Forward.of(self.model, self.function, batch, plan.hosts(), plan.added(), self._before)
+                    recording = Recording(self.model, self.function, self.layers, plan, forward)
+                    if plan.reads:
+                        check_alone(self.model, self.function, batch, recording.outputs, plan.apart)
+                    if plan.routed:
+                        check_rows(recording)
+                    front, reached = recording.reaching(plan.undetermined, plan.rounding)
+                    if not front:
+                        return recording
+                    plan = self._account(batch, front=front, banned=banned, before=plan)
+                    # They have been compared on examples that reach them, and what can be told by rounding was.
+                    plan.undetermined -= reached
             except LayoutChanged as change:
                 if plan.shapes == batch.shapes():
                     banned.add(change.host)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -30,6 +31,7 @@ from nngeo.generators.untouched import Snapshot
 from nngeo.generators.watch import Call, Layout, LayoutChanged, Watch, watch
 from nngeo.layers.collection import Layer, LayerCollection
 from nngeo.layers.rule import Computed, Gradients, LinearMapRule, assemble, rule_for
+from nngeo.layers.turn import TURN
 
 Layouts = dict[str, list[tuple[list[Layout], list[Layout]]]]  # by module, for each call: of arguments, of outputs
 
@@ -52,7 +54,17 @@ class Plan:
     reads: bool = False  # whether Python reads values of tensors: each batch has to be tested, too
     shapes: list[torch.Size] = field(default_factory=list)  # of the tensors of one example, in the batch it was made on
     apart: list[bool] = field(default_factory=list)  # the leaves of that batch with one entry for each of its examples
+    failed: bool = False  # whether something was raised where it was followed: it is not to be used again
     loads: dict[Any, float] = field(default_factory=dict)  # what an example takes of a backward pass's budget
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """An error inside means that the plan is not to be used again."""
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            raise
 
     def hosts(self) -> set[str]:
         """The modules to watch."""
@@ -94,7 +106,7 @@ class Forward:
         before: Snapshot | None = None,
     ) -> Forward:
         """Run a model on a batch; outputs of the modules in `added` get an axis of examples."""
-        with watch(model, hosts, batch.size, added) as seen:
+        with TURN, watch(model, hosts, batch.size, added) as seen:
             return cls(batch, run(model, function, batch, before), seen)
 
 
@@ -170,9 +182,10 @@ class Recording:
         padding: Padding | None = None,
     ) -> BatchRecord:
         """What cotangents c (k, b, ...), of `count` in all, leave at every layer; with `retain` more may follow."""
-        grads = self.pull(c, retain)
-        shared: Shared = {}
-        records = {name: self.record_of(name, grads, c, shared, first, padding) for name in self.layers}
+        with self.plan.followed():
+            grads = self.pull(c, retain)
+            shared: Shared = {}
+            records = {name: self.record_of(name, grads, c, shared, first, padding) for name in self.layers}
         return BatchRecord(records, self.batch.size, first, count or len(c))
 
     def record_of(
@@ -211,7 +224,8 @@ class Recording:
         wanted = [(name, p) for name, parameters in by_layer for p in parameters if p.requires_grad]
         if not wanted:
             return set()
-        grads = torch.autograd.grad(self.outputs, [p for _, p in wanted], c, retain_graph=True, allow_unused=True)
+        with TURN:
+            grads = torch.autograd.grad(self.outputs, [p for _, p in wanted], c, retain_graph=True, allow_unused=True)
         pairs = zip(wanted, grads, strict=True)
         return {name for (name, _), g in pairs if g is not None and bool(g.norm() > rounding)}
 
@@ -220,7 +234,7 @@ class Recording:
     ) -> list[Gradients]:
         if not source.hosts:
             compute = partial(whole_gradients, self.replay, self.batch, c, source, self._wanted(source, ""))
-            return [_picked(layer, self.plan.names(layer, ""), shared.setdefault((), cache(compute)))]
+            return [self._picked(layer, "", shared.setdefault((source,), cache(compute)))]
         parts = []
         for host in source.hosts:
             module, names = self.model.get_submodule(host), self.plan.names(layer, host)
@@ -236,7 +250,7 @@ class Recording:
                     parts.append(part)
                     continue
                 compute = partial(generic_gradients, module, call, view, g, self._wanted(source, host))
-                parts.append(_picked(layer, names, shared.setdefault((host, j, source), cache(compute))))
+                parts.append(self._picked(layer, host, shared.setdefault((host, j, source), cache(compute))))
         return parts
 
     def views(self, host: str, source: Source, grads: list) -> Iterator[tuple[View, Call, list[Tensor | None]]]:
@@ -250,6 +264,18 @@ class Recording:
         layers = [self.layers[name] for name, other in self.plan.sources.items() if other == source]
         return [name for layer in layers for name in self.plan.names(layer, host)]
 
+    def _picked(self, layer: Layer, host: str, compute: Callable[[], dict[str, Tensor]]) -> Gradients:
+        """A layer's gradients among those by all parameters wanted from a module."""
+        plan, names = self.plan, self.plan.names(layer, host)
+
+        def dense() -> Tensor:
+            with plan.followed():
+                found = compute()
+            like = next(iter(found.values()))
+            return assemble(layer, {names[name]: found[name] for name in names}, like.shape[:2], like)
+
+        return Computed(dense)
+
     def _nothing(self, layer: Layer, source: Source, k: int, like: Tensor) -> list[Gradients]:
         if not source.fast:
             return []
@@ -258,24 +284,16 @@ class Recording:
         return [rule.nothing(module, layer, k, self.batch.size, like)] if isinstance(rule, LinearMapRule) else []
 
 
-def _picked(layer: Layer, names: dict[str, str], compute: Callable[[], dict[str, Tensor]]) -> Gradients:
-    """A layer's gradients among those by all parameters wanted from a module."""
-
-    def dense() -> Tensor:
-        found = compute()
-        like = next(iter(found.values()))
-        return assemble(layer, {names[name]: found[name] for name in names}, like.shape[:2], like)
-
-    return Computed(dense)
-
-
 def _stacked(rows: Sequence[Tensor]) -> Tensor:
     return rows[0][None] if len(rows) == 1 else torch.stack(tuple(rows))
 
 
 def _backward(outputs: Tensor, edges: list, c: Tensor, retain: bool, batched: bool) -> tuple[Tensor | None, ...]:
     try:
-        return torch.autograd.grad(outputs, edges, c, retain_graph=retain, is_grads_batched=batched, allow_unused=True)
+        with TURN:  # activation checkpointing runs the model again
+            return torch.autograd.grad(
+                outputs, edges, c, retain_graph=retain, is_grads_batched=batched, allow_unused=True
+            )
     except RuntimeError as error:
         if "donated" not in str(error):
             raise

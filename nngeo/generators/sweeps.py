@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from nngeo.generators.batches import Batch, Examples
+from nngeo.layers.turn import TURN
 
 
 class Sweeps:
@@ -30,9 +32,8 @@ class Sweeps:
     def batches(self, source: Any, device: torch.device, verbose: bool) -> Iterator[Batch]:
         """The batches of a loader (or whatever `Examples` takes), on a device."""
         examples = Examples(source)
-        numbers = self._random_of(examples)
-        if numbers is not None:
-            numbers.restart()
+        with TURN:
+            numbers = self._random_of(examples)
         with tqdm(total=examples.total(), unit=" examples") if verbose else nullcontext() as bar:
             batches = iter(examples)
             while True:
@@ -50,7 +51,7 @@ class Sweeps:
         if not isinstance(examples.source, Hashable):
             return RandomNumbers(examples.source)
         try:
-            return self._random.setdefault(examples.source, RandomNumbers(examples.source))
+            return self._random.setdefault(examples.source, RandomNumbers(examples.source)).begun()
         except TypeError:  # no weak references: tuples
             return RandomNumbers(examples.source)
 
@@ -58,29 +59,32 @@ class Sweeps:
 class RandomNumbers:
     """Those of a sweep: the same in every sweep, and apart from the user's.
 
-    A shuffling loader gives the same order, and random augmentations the same images, in every sweep that `restart`
-    begins. Torch's numbers, those of Python and of numpy; but not those of the workers of a loader with
-    `persistent_workers`. Nothing global is held between two uses of `active`.
+    A shuffling loader gives the same order, and random augmentations the same images, in every sweep that is `begun`.
+    Torch's numbers, those of Python and of numpy; but not those of the workers of a loader with `persistent_workers`.
+    Nothing global is held between two uses of `active`.
     """
 
     def __init__(self, source: Any):
         self._generators = list({id(g): g for g in _generators(source)}.values())
         self._start = self._now = self._states()
 
-    def restart(self) -> None:
-        """Begin a sweep: back to the state in which this object was made."""
-        self._now = self._start
+    def begun(self) -> RandomNumbers:
+        """Those of one sweep, from the state in which this object was made; another thread may have its own sweep."""
+        sweep = copy.copy(self)
+        sweep._now = self._start
+        return sweep
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the random numbers are the sweep's; outside they are the user's."""
-        before = self._states()
-        self._set(self._now)
-        try:
-            yield
-        finally:
-            self._now = self._states()
-            self._set(before)
+        with TURN:
+            before = self._states()
+            try:
+                self._set(self._now)
+                yield
+            finally:
+                self._now = self._states()
+                self._set(before)
 
     def _states(self) -> list[tuple[Callable[[Any], Any], Any]]:
         """Functions that set a state, and the states."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.layers.caches import ABSENT, INTERNAL, is_container, note_filled
+from nngeo.layers.turn import TURN
 
 
 class Snapshot:
@@ -19,6 +20,7 @@ class Snapshot:
     Parameters are never written to by nngeo. The other tensors are copied, because a model's forward may write to them.
     """
 
+    @TURN
     def __init__(self, model: nn.Module):
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         # The attributes of scripted modules are not Python's; they have parameters and buffers.
@@ -38,35 +40,42 @@ class Snapshot:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Restore the model on leaving. Inside, inference mode and autocast are off, and nothing is run compiled."""
-        try:
-            with torch.inference_mode(False), torch.autocast(self._device, enabled=False), _eager():
-                yield
-        finally:
-            for p, flag, grad in self._parameters:
-                if p.requires_grad != flag:
-                    p.requires_grad_(flag)
-                if p.grad is not grad:
-                    p.grad = grad
-            for module, name, value, content in self._containers:
-                note_filled(module, name, content, vars(module).get(name))
-                vars(module)[name] = value
-                value.clear()
-                value.update(content) if isinstance(value, dict) else value.extend(content)
-            for module, place, size, found in self._before:
-                if len(place) > size:
-                    new = [name for name, value in place.items() if name not in found and isinstance(value, Tensor)]
-                    for name in new:
-                        value = place.pop(name)
-                        if place is vars(module):
-                            note_filled(module, name, ABSENT, value)
-                for name in [name for name, value in found.items() if value is None]:
-                    note_filled(module, name, None, place.get(name))
-                place.update(found)
-            with torch.no_grad():
-                for x, copy in self._copies:
-                    if not torch.equal(x, copy):
-                        x.copy_(copy)
+        """Restore the model on leaving.
+
+        Inside, it is this thread's turn, inference mode and autocast are off, and nothing is run compiled.
+        """
+        with TURN:
+            try:
+                with torch.inference_mode(False), torch.autocast(self._device, enabled=False), _eager():
+                    yield
+            finally:
+                self._restore()
+
+    def _restore(self) -> None:
+        for p, flag, grad in self._parameters:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
+            if p.grad is not grad:
+                p.grad = grad
+        for module, name, value, content in self._containers:
+            note_filled(module, name, content, vars(module).get(name))
+            vars(module)[name] = value
+            value.clear()
+            value.update(content) if isinstance(value, dict) else value.extend(content)
+        for module, place, size, found in self._before:
+            if len(place) > size:
+                new = [name for name, value in place.items() if name not in found and isinstance(value, Tensor)]
+                for name in new:
+                    value = place.pop(name)
+                    if place is vars(module):
+                        note_filled(module, name, ABSENT, value)
+            for name in [name for name, value in found.items() if value is None]:
+                note_filled(module, name, None, place.get(name))
+            place.update(found)
+        with torch.no_grad():
+            for x, copy in self._copies:
+                if not torch.equal(x, copy):
+                    x.copy_(copy)
 
 
 def _eager() -> AbstractContextManager[Any]:

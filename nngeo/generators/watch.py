@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,14 +117,15 @@ def watch(model: nn.Module, names: Collection[str], b: int, added: Collection[st
     Outputs of the modules in `added`, which are the same for all examples, get an axis of b examples in front.
     """
     seen = Watch({name: [] for name in names})
-    handles = []
+    handles, thread = [], threading.get_ident()
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if isinstance(modules[name], torch.jit.ScriptModule):  # of which nothing is seen; it has no parameters
             continue
 
         def note(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> Any:
-            if not seen.open:  # activation checkpointing runs the module again in the backward pass
+            # Activation checkpointing runs the module again in the backward pass; other threads may run it, too.
+            if not seen.open or threading.get_ident() != thread:
                 return None
             if torch._C._are_functorch_transforms_active():  # what is seen there has no meaning outside
                 seen.inside.add(name)

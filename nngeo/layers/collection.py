@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from nngeo.layers.fingerprint import fingerprint
 from nngeo.layers.models import check_structure
+from nngeo.layers.turn import TURN
 from nngeo.linalg.arguments import flag, instance, shown, tensor
 
 LayerChoice = str | type[nn.Module]
@@ -85,6 +86,7 @@ class LayerCollection:
             self.add_layer(layer)
 
     @classmethod
+    @TURN  # in which flags and parameters are the user's
     def from_model(
         cls,
         model: nn.Module,
@@ -135,6 +137,7 @@ class LayerCollection:
             raise ValueError(f"There already is a layer {new.name!r}.")
         self.layers[new.name] = new
 
+    @TURN
     def add_layer_from_model(self, model: nn.Module, module: nn.Module) -> None:
         """Append the layer of one module of the model."""
         instance("model", model, nn.Module)
@@ -184,15 +187,18 @@ class LayerCollection:
             raise ValueError(f"`parts` should have the layers {', '.join(self.layers)}; it has {found or 'none'}.")
         return torch.cat([parts[name] for name in self.layers], -1)
 
+    @TURN
     def named_parameters(self, model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of a model (or of `get_layerid_module_map(model)`), in the order of the coordinates."""
+        found = []
         modules = model if isinstance(model, Mapping) else self.get_layerid_module_map(model)
         if missing := [name for name in self.layers if name not in modules]:
             raise ValueError(f"`model` is a dict of modules without {', '.join(map(repr, missing))}.")
         for name, layer in self.layers.items():
             for local in layer.shapes:
                 own = modules[name]._parameters.get(local)
-                yield layer.full_name(local), modules[name].get_parameter(local) if own is None else own
+                found.append((layer.full_name(local), modules[name].get_parameter(local) if own is None else own))
+        return iter(found)
 
     def parameters(self, model: nn.Module | Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
         """The parameters of a model, in the order of the coordinates."""

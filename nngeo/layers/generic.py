@@ -34,11 +34,11 @@ class AnyLayerRule:
 
         `inputs` are those that have an example axis; `forward` knows the others.
         """
-        parameters = {name: self.module.get_parameter(name).detach() for name in self.names}
         compute = self._vectorized if self.vectorized else self._looped
         with plain_kernels(self.module), warnings.catch_warnings():
             # Where torch has no batching rule, it loops. As an error, what it says would keep tensors alive for good.
             warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
+            parameters = {name: self.module.get_parameter(name).detach() for name in self.names}
             return compute(parameters, list(inputs), list(grads))
 
     def _vectorized(self, parameters, inputs, grads):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from nngeo.layers.turn import TURN
+
 
 @contextmanager
 def plain_kernels(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
@@ -24,18 +26,19 @@ def plain_kernels(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
     distances under two vmaps), or none (distances, the hard sigmoid, group norm of channels last). Their first
     derivatives are right, so without `twice` they are left alone, which spares a look at every operation.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if twice:
-                stack.enter_context(_Plain())
-            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-                stack.enter_context(_plain_recurrence())
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with TURN:
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            with ExitStack() as stack:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if twice:
+                    stack.enter_context(_Plain())
+                if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+                    stack.enter_context(_plain_recurrence())
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 class _Plain(TorchFunctionMode):

@@ -11,6 +11,7 @@ from torch import nn
 from nngeo.generators.differentiable import quiet
 from nngeo.generators.untouched import untouched
 from nngeo.layers.kernels import plain_kernels
+from nngeo.layers.turn import TURN
 
 
 @contextmanager
@@ -24,8 +25,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Inside, inference mode and autocast are off."""
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    """Inside, it is this thread's turn, and inference mode and autocast are off."""
+    with TURN, torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -14,6 +14,7 @@ from nngeo.generators.independence import FirstExamples, check_alone, check_inde
 from nngeo.generators.outputs import check_mode
 from nngeo.generators.signature import code_of, plain, signature
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.turn import TURN
 from nngeo.products.evaluation import Evaluation
 
 
@@ -37,6 +38,7 @@ MOST = 64
 _FACTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
 
 
+@TURN
 def facts_of(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> Facts:
     """Those of a model and of what it is differentiated by; the first time, its examples are looked at.
 

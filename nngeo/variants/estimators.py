@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from abc import ABC, abstractmethod
 from typing import Any
@@ -41,8 +42,9 @@ class Estimator(ABC):
         """Whether an example has the same cotangents in any batch, so that batches may be split."""
         return self.variant.by_example
 
-    def reset(self) -> None:  # noqa: B027 (most have nothing to reset)
-        """Called at the start of every sweep over data."""
+    def begun(self) -> Estimator:
+        """The estimator of one sweep over data, at its start; most have nothing to begin."""
+        return self
 
 
 class Exact(Estimator):
@@ -57,7 +59,7 @@ class MonteCarlo(Estimator):
     """Gradients at `trials` draws of the targets, divided by sqrt(trials): an unbiased estimate of the exact metric.
 
     When it is made, one number is drawn from `generator`, or from torch's global generator if there is none; it seeds
-    a generator of its own, on the device of the outputs. `reset()` returns to the first draw, so that every sweep over
+    a generator of its own, on the device of the outputs. `begun()` is at the first draw, so that every sweep over
     the same batches sees the same targets.
     """
 
@@ -102,9 +104,11 @@ class MonteCarlo(Estimator):
         """False: the draws are those of whole batches."""
         return False
 
-    def reset(self) -> None:
-        """Back to the first draw."""
-        self._generators.clear()
+    def begun(self) -> MonteCarlo:
+        """The same estimator at the first draw."""
+        sweep = copy.copy(self)
+        sweep._generators = {}
+        return sweep
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

@@ -21,6 +21,7 @@ from nngeo.descent.autojac import arguments
 from nngeo.generators.sources import candidates, full_precision, uses_of
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.models import check_usable
+from nngeo.layers.turn import TURN
 
 
 class Engine:
@@ -86,7 +87,7 @@ class Engine:
         Raises:
             ValueError: losses without a graph, or without an axis of examples; a layer mixes the examples of a batch.
         """
-        with torch.no_grad():
+        with TURN, torch.no_grad():
             left = self._rows(losses, block)
             right = left if other is None or other is losses else self._rows(other, block)
             found = gramian(left, right, per_layer=per_layer)
@@ -112,7 +113,7 @@ class Engine:
             others: tensors outside of the modules that shall get the gradient of `sum(w * losses)`, too.
             retain_graph: whether the graph is needed once more.
         """
-        with torch.no_grad():
+        with TURN, torch.no_grad():
             rows, rest = self._rows(losses, block), arguments.wanted("others", others)
             single = len(rows.passes()) == 1
             later = rows.plan.without_factors() if single else list(rows.plan.layers.layers.values())
@@ -150,6 +151,7 @@ class Engine:
     def __repr__(self) -> str:
         return f"Engine({', '.join(type(module).__name__ for module in self.modules)}, batch_dim={self.batch_dim})"
 
+    @TURN
     def _install(self) -> None:
         _remove(self._handles)
         self._planner = Planner(self._model, self.batch_dim is None, self._watcher)

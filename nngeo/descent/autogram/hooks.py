@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Watcher:
     """
 
     kinds: set[type] = field(default_factory=set)  # of the nodes that may have entries
-    paused: bool = False
+    paused: int | None = None  # the thread whose calls are not noted
 
     def install(self, modules: Iterable[tuple[str, nn.Module]]) -> list[RemovableHandle]:
         """Hooks that note every call of these modules."""
@@ -50,12 +51,12 @@ class Watcher:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Inside, calls are not noted."""
-        self.paused = True
+        """Inside, calls by this thread are not noted."""
+        self.paused = threading.get_ident()
         try:
             yield
         finally:
-            self.paused = False
+            self.paused = None
 
 
 class Hook:
@@ -66,7 +67,7 @@ class Hook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         watcher = self.watcher
-        if watcher.paused or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if watcher.paused == threading.get_ident() or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         results = [out] if isinstance(out, Tensor) else tree_leaves(out)
         call: Call | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nngeo.descent.autojac.graph import kinds
+from nngeo.layers.turn import TURN
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def vectorized_gradients(
         used.extend(g is not None for g in found)
         return tuple(g for g in found if g is not None)
 
-    with kept_grads([*tensors, *inputs]), warnings.catch_warnings():
+    with TURN, kept_grads([*tensors, *inputs]), warnings.catch_warnings():
         # Where torch has no batching rule, the vectorised pass is a loop: as fast as one written here.
         warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
         found = iter(torch.func.vmap(pull_back)(*cotangents))
