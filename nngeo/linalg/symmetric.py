@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nngeo.linalg.cache import Cache, version
 from nngeo.linalg.decompose import cholesky_attempts, eigh, eigvalsh
+from nngeo.linalg.length import length
 from nngeo.linalg.matrixfunction import matrix_function
 from nngeo.linalg.memory import require_workspace
 from nngeo.linalg.precision import FullPrecision
@@ -33,7 +34,7 @@ def reciprocal(values: Tensor, regul: float, what: str = "matrix") -> Tensor:
 def spectral_norm(values: Tensor, ord: str | int) -> Tensor:
     """The norm of a symmetric matrix with these eigenvalues: "fro", 2 (the largest) or -2 (the smallest)."""
     if ord == "fro":
-        return values.norm()
+        return length(values)
     return values.abs().max() if ord == 2 else values.abs().min()
 
 
@@ -155,7 +156,7 @@ class SymmetricMatrix(FullPrecision):
 
     def norm(self, ord: str | int) -> Tensor:
         """The Frobenius norm ("fro"), or the largest (2) or smallest (-2) singular value."""
-        return self.tensor.norm() if ord == "fro" else spectral_norm(self.spectrum()[0], ord)
+        return length(self.tensor) if ord == "fro" else spectral_norm(self.spectrum()[0], ord)
 
     def solve(self, v: Tensor, regul: float) -> Tensor:
         """`(M + regul I)^-1 v` for v (..., p): O(p^3) for a new `regul`, O(p^2) a vector after that.

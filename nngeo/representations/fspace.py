@@ -16,6 +16,7 @@ from nngeo.layers.collection import LayerCollection
 from nngeo.linalg.arguments import axis, choice, number, tensor
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.decompose import svd
+from nngeo.linalg.length import length
 from nngeo.linalg.memory import require_memory
 from nngeo.linalg.symmetric import SymmetricMatrix
 from nngeo.representations.estimate import Estimate, check_kind, positive_count
@@ -139,7 +140,7 @@ class FMatDense(Estimate):
         """The norm, 0-d: Frobenius ("fro" or None), or the largest (2) or smallest (-2) singular value."""
         ord = choice("ord", ord, (None, "fro", 2, -2))
         if ord in (None, "fro"):
-            return self.data.norm()
+            return length(self.data)
         s = svd(self.to_matrix(), "kernel")[0]
         return s[0] if ord == 2 else s[-1]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from nngeo.layers.collection import Layer
 from nngeo.linalg.cache import version
 from nngeo.linalg.kronecker import KroneckerBasis, eigenbasis, outer, times
-from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.length import length
 from nngeo.linalg.spectrum import Spectrum
+from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.block import Block
 from nngeo.representations.eigenblock import KroneckerEigenBlock, Moments, moments, nonzero, zero_view
@@ -100,7 +101,7 @@ class KroneckerBlock(Block):
     def norm(self, ord: str | int) -> Tensor:
         """Closed forms: those of a Kronecker product are products of the factors'."""
         if ord == "fro":
-            return (self.a.flatten(1).norm(dim=1) * self.g.flatten(1).norm(dim=1)).norm()
+            return length(length(self.a.flatten(1), 1) * length(self.g.flatten(1), 1))
         da, dg, _ = self.eigen()
         by_group = [d.abs().amax(1) if ord == 2 else d.abs().amin(1) for d in (da, dg)]
         return (by_group[0] * by_group[1]).max() if ord == 2 else (by_group[0] * by_group[1]).min()

@@ -11,6 +11,7 @@ from torch import Tensor
 from nngeo.linalg.arguments import tensor
 from nngeo.linalg.cache import Cache, version
 from nngeo.linalg.decompose import svd
+from nngeo.linalg.length import length
 from nngeo.linalg.lowrank import LowRankPlusDiagonal
 from nngeo.linalg.spectrum import Spectrum, cleaned
 from nngeo.linalg.symmetric import spectral_norm
@@ -77,13 +78,13 @@ class PMatLowRank(PMat):
         full = len(s) == v.shape[-1]
         if regul == 0:
             kept = s > len(s) * torch.finfo(s.dtype).eps * s.amax()
-            lost = within[..., ~kept].norm(dim=-1) + (0 if full else outside.norm(dim=-1))
-            if bool((lost > 1e3 * torch.finfo(s.dtype).eps * v.norm(dim=-1)).any()):
+            lost = length(within[..., ~kept], -1) + (0 if full else length(outside, -1))
+            if bool((lost > 1e3 * torch.finfo(s.dtype).eps * length(v, -1)).any()):
                 raise ValueError(
                     f"The matrix has rank {int(kept.sum())} of {v.shape[-1]}, and the right-hand side is not in its "
                     "range: solve with `regul` > 0."
                 )
-            return (within[..., kept] / s[kept].square()) @ vt[kept]
+            return (within[..., kept] / s[kept] / s[kept]) @ vt[kept]  # whose square may be zero
         solved = (within / (s.square() + regul)) @ vt
         return solved if full else solved + outside / regul
 
@@ -97,7 +98,9 @@ class PMatLowRank(PMat):
     def _norm(self, ord: str | int) -> Tensor:
         m, p = self.rows.shape
         if ord == "fro":
-            return (self.rows @ self.rows.mT if m <= p else self.rows.mT @ self.rows).norm()
+            size = self.rows.detach().abs().max()
+            rows = self.rows / torch.where(size > 0, size, 1)
+            return size * (size * length(rows @ rows.mT if m <= p else rows.mT @ rows))
         if ord == -2 and m < p:
             return self.data.new_zeros(())
         return spectral_norm(self.svd()[0].square(), ord)

@@ -90,7 +90,9 @@ class PMatLowRankPlusDiag(PMat):
         if ord != "fro":
             return self._as_dense().norm(ord)
         values, d = self.data.eigen()[0], self.data.diagonal
-        return (values.square().sum() + (d * (2 * self.data.diag() - d)).sum()).sqrt()
+        # |V'cV|^2 + 2 <V'cV, d> + |d|^2, in float64, where no square leaves the range.
+        values, d, low = values.double(), d.double(), (self.data.diag() - d).double()
+        return (values.square().sum() + (d * (2 * low + d)).sum()).sqrt().to(self.dtype)
 
     # Damping and functions
 

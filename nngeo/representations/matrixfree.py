@@ -12,8 +12,9 @@ from nngeo.linalg.arguments import shown
 from nngeo.linalg.decompose import eigvalsh
 from nngeo.linalg.diagonal import estimate_diag
 from nngeo.linalg.eigenpairs import Eigenpairs, top_eigenpairs
-from nngeo.linalg.operator import Estimated
+from nngeo.linalg.length import length
 from nngeo.linalg.quadrature import SpectralDensity, logdet, spectral_density, trace_of
+from nngeo.linalg.operator import Estimated
 from nngeo.linalg.trace import estimate_trace
 from nngeo.representations.base import PMat
 
@@ -99,7 +100,7 @@ class MatrixFree(PMat):
             return top_eigenpairs(self, 1, which="magnitude", generator=generator).values[0].abs()
         if p <= SMALL:
             dense = self.to_torch()
-            return dense.norm() if ord == "fro" else eigvalsh(dense).abs().min()
+            return length(dense) if ord == "fro" else eigvalsh(dense).abs().min()
         if ord == -2:
             least = top_eigenpairs(self, 1, which="smallest", generator=generator).values[0]
             if least > 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.decompose import eigvalsh
+from nngeo.linalg.length import length
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.outer import BUDGET, OuterProducts
 from nngeo.linalg.spectrum import Spectrum
@@ -105,7 +106,7 @@ class QuasiDiagBlock(Block):
     def norm(self, ord: str | int) -> Tensor:
         if ord != "fro" or self.cross is None:
             return spectral_norm(self.eigenvalues(), ord)
-        return (self.diagonal.square().sum() + 2 * self.cross.square().sum()).sqrt()
+        return length(torch.stack([length(self.diagonal), 2**0.5 * length(self.cross)]))
 
     def _unpacked(self) -> RowsBlock | DiagBlock:
         """The same matrix, with room for its functions: those of an arrow matrix are dense."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.layers.collection import Layer
+from nngeo.linalg.length import length
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.block import BLOCKS, Block
@@ -49,7 +50,7 @@ class SumBlock(Block):
         return self._as_dense().eigenvalues()
 
     def norm(self, ord: str | int) -> Tensor:
-        return self.to_torch().norm() if ord == "fro" else spectral_norm(self.eigenvalues(), ord)
+        return length(self.to_torch()) if ord == "fro" else spectral_norm(self.eigenvalues(), ord)
 
     def to_torch(self) -> Tensor:
         return torch.stack([term.to_torch() for term in self.terms]).sum(0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.arguments import destination, shown
+from nngeo.linalg.length import length
 from nngeo.linalg.precision import FullPrecision
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class Arithmetic(FullPrecision, ABC):
         """The p-norm over all coordinates, (); p as in torch.linalg.vector_norm."""
         if not isinstance(p, Real) or isinstance(p, bool) or p != p:
             raise TypeError(f"`p` should be a number (inf included); got {shown(p)}.")
-        return torch.linalg.vector_norm(torch.cat([x.flatten() for x in self._tensors()]), ord=p)
+        x = torch.cat([x.flatten() for x in self._tensors()])
+        return length(x) if p == 2 else torch.linalg.vector_norm(x, ord=p)
 
     def sum(self) -> Tensor:
         """The sum of all coordinates, ()."""
