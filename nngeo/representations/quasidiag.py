@@ -76,16 +76,35 @@ class QuasiDiagBlock(Block):
         return self.view.to_flat(torch.cat(out, -1))
 
     def solve(self, v: Tensor, regul: float) -> Tensor:
-        """Exact, by elimination of the weights in each row."""
+        """Exact, by elimination of the weights in each row, in float64.
+
+        The complement of the weights is b + r - sum c^2 / (w + r), for damping r. It is taken as
+        `(b - sum c^2 / w) + r (1 + sum c^2 / (w (w + r)))`, and the difference in front as zero where the rounding of
+        its terms can't tell it from that: so that it does not drown the damping where bias and weight move together.
+        """
         if self.cross is None or self.view is None:
             return v * reciprocal(self.diagonal, regul, "diagonal")
-        weight, bias = _columns(self.view, v)
-        weights, biases = _columns(self.view, self.diagonal)
-        inverse = reciprocal(weights, regul, "diagonal")
-        complement = biases + regul - (self.cross.square() * inverse).sum(-1, keepdim=True)
-        step = 1 / complement if regul else reciprocal(complement, 0.0, "block")
-        bias = step * (bias - (self.cross * inverse * weight).sum(-1, keepdim=True))
-        return self.view.to_flat(torch.cat([inverse * (weight - self.cross * bias), bias], -1))
+        weight, bias = (x.double() for x in _columns(self.view, v))
+        weights, biases = (x.double() for x in _columns(self.view, self.diagonal))
+        cross = self.cross.double()
+        inverse, zero = reciprocal(weights, regul, "diagonal"), weights == 0
+        shares = cross.square() / weights.masked_fill(zero, regul)
+        size = biases.abs() + shares.abs().sum(-1, keepdim=True)
+        left = biases - shares.sum(-1, keepdim=True)
+        rounding = (8 + shares.shape[-1] ** 0.5) * torch.finfo(self.diagonal.dtype).eps * size
+        left = left.masked_fill(left.abs() <= rounding, 0.0)
+        if not regul and bool((left == 0).any()):
+            rank = self.diagonal.numel() - int((left == 0).sum())
+            raise ValueError(
+                f"The block is singular (rank {rank} of {self.diagonal.numel()}: weights and bias of a row move "
+                "together): solve with `regul` > 0."
+            )
+        complement = left + regul * (1 + (shares * inverse).masked_fill(zero, 0.0).sum(-1, keepdim=True))
+        bias = (bias - (cross * inverse * weight).sum(-1, keepdim=True)) / complement
+        return self.view.to_flat(torch.cat([inverse * (weight - cross * bias), bias], -1)).to(v.dtype)
+
+    def rounding(self) -> float:
+        return 0.0
 
     def diag(self) -> Tensor:
         return self.diagonal.clone()

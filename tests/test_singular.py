@@ -1,0 +1,61 @@
+"""Singular matrices are not solved, and damping is not drowned by rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from nngeo import (
+    FIM,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatKFAC,
+    PMatLowRank,
+    PMatQuasiDiag,
+)
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+STORED = [PMatDense, PMatBlockDiag, PMatKFAC, PMatEKFAC, PMatLowRank]
+ALL = [*STORED, PMatDiag, PMatQuasiDiag]
+
+
+def net(dtype: torch.dtype, n: int = 10):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    return model, torch.randn(n, 4, dtype=dtype)
+
+
+# Quasi-diagonal: weight and bias that move together
+
+
+@DTYPES
+@pytest.mark.parametrize("c", [1.0, 0.3, -7.0])
+@pytest.mark.parametrize("regul", [1e-8, 1e-4])
+def test_weight_and_bias_that_move_together_are_solved(c, regul, dtype):
+    """[[c^2, c], [c, 1]] + r I has the inverse [[1 + r, -c], [-c, c^2 + r]] / (r (1 + c^2 + r))."""
+    model, x = nn.Linear(1, 1).to(dtype), torch.full((5, 1), c, dtype=dtype)
+    F = FIM(model, (x,), PMatQuasiDiag, variant="regression")
+    inverse = torch.tensor([[1 + regul, -c], [-c, c * c + regul]]).double() / (regul * (1 + c * c + regul))
+    found = F.solve(torch.eye(2, dtype=dtype), regul=regul)
+    assert_close(found.double(), inverse, rtol=1e-2, atol=0)
+
+
+@DTYPES
+def test_quasi_diagonal_solutions_are_those_of_the_dense_matrix(dtype):
+    model, x = net(dtype)
+    F, v = FIM(model, (x,), PMatQuasiDiag), torch.randn(67, dtype=dtype)
+    dense = F.to_torch().double() + 0.3 * torch.eye(67)
+    assert_close(F.solve(v, regul=0.3), torch.linalg.solve(dense, v.double()).to(dtype), rtol=1e-4, atol=1e-5)
+
+
+@DTYPES
+def test_a_dead_input_of_a_quasi_diagonal_matrix_is_solved(dtype):
+    x = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=dtype)
+    F = FIM(nn.Linear(2, 1).to(dtype), (x,), PMatQuasiDiag, variant="regression")
+    dense = F.to_torch().double() + 1e-3 * torch.eye(3)
+    v = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
+    assert_close(F.solve(v, regul=1e-3), torch.linalg.solve(dense, v.double()).to(dtype), rtol=1e-4, atol=1e-4)
