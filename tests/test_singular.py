@@ -9,6 +9,9 @@ from torch.testing import assert_close
 
 from nngeo import (
     FIM,
+    FMatDense,
+    FVector,
+    LayerCollection,
     PMatBlockDiag,
     PMatDense,
     PMatDiag,
@@ -16,7 +19,9 @@ from nngeo import (
     PMatKFAC,
     PMatLowRank,
     PMatQuasiDiag,
+    PVector,
 )
+from nngeo.linalg.symmetric import SymmetricMatrix
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 STORED = [PMatDense, PMatBlockDiag, PMatKFAC, PMatEKFAC, PMatLowRank]
@@ -27,6 +32,63 @@ def net(dtype: torch.dtype, n: int = 10):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
     return model, torch.randn(n, 4, dtype=dtype)
+
+
+# Without damping
+
+
+@DTYPES
+@pytest.mark.parametrize("n", [1, 10])
+@pytest.mark.parametrize("pmat", STORED)
+def test_a_singular_matrix_is_not_solved(pmat, n, dtype):
+    model, x = net(dtype, n)
+    F, v = FIM(model, (x,), pmat), PVector.from_model(model).detach()
+    with pytest.raises(ValueError, match="singular|rank"):
+        F.solve(v, regul=0)
+
+
+@DTYPES
+def test_a_singular_kernel_is_not_solved(dtype):
+    rows = torch.randn(6, 3, dtype=dtype)
+    K = FMatDense(LayerCollection(), data=(rows @ rows.mT).reshape(2, 3, 2, 3))
+    with pytest.raises(ValueError, match="singular"):
+        K.solve(FVector(torch.ones(2, 3, dtype=dtype)), regul=0)
+
+
+@DTYPES
+def test_a_function_of_a_singular_quasi_diagonal_is_not_solved(dtype):
+    F = FIM(nn.Linear(1, 1).to(dtype), (torch.ones(5, 1, dtype=dtype),), PMatQuasiDiag, variant="regression")
+    with pytest.raises(ValueError, match="singular"):
+        F.solve(torch.ones(2, dtype=dtype), regul=0)
+    with pytest.raises(ValueError, match="singular"):
+        F.pow(2).solve(torch.ones(2, dtype=dtype), regul=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("negative", [0, 1], ids=["definite", "indefinite"])
+def test_a_matrix_with_one_small_eigenvalue_is_told_from_a_singular_one(negative, dtype):
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64)).Q
+    values = torch.linspace(1, 2, 50, dtype=torch.float64)
+    values[1] *= -1 if negative else 1
+    small = 1e3 * torch.finfo(dtype).eps
+
+    def matrix(least: float) -> SymmetricMatrix:
+        values[0] = least
+        return SymmetricMatrix(((q * values) @ q.mT).to(dtype))
+
+    v = matrix(small).tensor @ torch.ones(50, dtype=dtype)
+    assert_close(matrix(small).solve(v, 0.0), torch.ones(50, dtype=dtype), rtol=0, atol=0.2)
+    with pytest.raises(ValueError, match="singular"):
+        matrix(small * 1e-3).solve(v, 0.0)
+
+
+@DTYPES
+def test_a_small_damping_solves_without_further_regul(dtype):
+    model, x = net(dtype)
+    F, v = FIM(model, (x,), PMatDense), torch.randn(67, dtype=dtype)
+    damping = 0.1 * torch.finfo(dtype).eps
+    assert_close((F + damping).solve(v, regul=0), F.solve(v, regul=damping), rtol=1e-3, atol=1e-3 / damping)
 
 
 # Quasi-diagonal: weight and bias that move together

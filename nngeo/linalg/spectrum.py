@@ -96,6 +96,7 @@ def pseudo_inverse(values: Tensor, cutoff: float) -> Tensor:
 
 
 def extremes(values: Tensor) -> str:
-    """The smallest and the largest eigenvalue, for messages."""
-    values = values.detach()
-    return f"smallest eigenvalue {float(values.min()):.3g}, largest {float(values.max()):.3g}"
+    """Rank, size, and the smallest and the largest eigenvalue, for messages."""
+    values = values.detach().flatten()
+    rank, low, high = int(cleaned(values).count_nonzero()), float(values.min()), float(values.max())
+    return f"rank {rank} of {len(values)}, smallest eigenvalue {low:.3g}, largest {high:.3g}"

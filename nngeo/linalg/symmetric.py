@@ -167,31 +167,52 @@ class SymmetricMatrix(FullPrecision):
         Raises:
             ValueError: `M + regul I` is singular.
         """
-        if 0 < regul <= 10 * torch.finfo(self.tensor.dtype).eps * float(self.tensor.detach().norm()):
+        if 0 < regul <= self.rounding():
             return self.apply(lambda values: 1 / (values + regul), v)
         solve = self._kept("solve", regul, lambda: self._factor(regul))
         columns = v.reshape(-1, v.shape[-1]).mT
         return solve(columns).mT.reshape(v.shape).to(v.dtype)
 
+    def rounding(self) -> float:
+        """What rounding may add to an eigenvalue: damping up to that is drowned by it."""
+        eps = 10 * torch.finfo(self.tensor.dtype).eps
+        return self._cache.get("rounding", version(self.tensor), lambda: eps * float(length(self.tensor.detach())))
+
     def _factor(self, regul: float) -> Callable[[Tensor], Tensor]:
-        damped = bool(regul) or self.damped
+        solve = self._factored(regul)
+        if regul or not self._is_singular(solve):
+            return solve
+        if self.damped and self.diagonalised:  # by a damping that rounding has drowned in the entries
+            return lambda columns: self.apply(lambda values: 1 / values, columns.mT).mT
+        raise self._singular(regul)
+
+    @torch.no_grad()
+    def _is_singular(self, solve: Callable[[Tensor], Tensor]) -> bool:
+        """Whether rounding can't tell the smallest eigenvalue from zero: by a few steps of inverse iteration."""
+        matrix = self.tensor.double()
+        p, size = len(matrix), matrix.abs().max()
+        v = y = (torch.arange(1, p + 1, dtype=matrix.dtype, device=matrix.device) ** 2).sin()[:, None]
+        for _ in range(4):
+            v, y = matrix @ (v / v.norm()) / size, solve(y / y.norm()).double() * size
+        # Vector damping can't be told from the entries: then what these can hold is believed.
+        noise = (p**0.5 if self.damped and not self.diagonalised else 8 + p**0.5) * torch.finfo(self.tensor.dtype).eps
+        return not bool(y.norm() * v.norm() * noise < 1)
+
+    def _factored(self, regul: float) -> Callable[[Tensor], Tensor]:
         for lower in cholesky_attempts(self.tensor, regul):
-            self._refuse_singular(lower.diagonal().detach().square(), regul, damped)
             return partial(_cholesky_solve, lower)
         matrix = self.tensor.to(torch.float64, copy=True)
         matrix.diagonal().add_(regul)
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        self._refuse_singular(lu.diagonal().detach().abs(), regul, damped)
+        if not bool(lu.diagonal().detach().abs().min() > 0):
+            raise self._singular(regul)
         return lambda columns: torch.linalg.lu_solve(lu, pivots, columns.to(lu.dtype))
 
-    def _refuse_singular(self, pivots: Tensor, regul: float, damped: bool) -> None:
-        """Pivots of a damped positive matrix are at least the damping; else they tell whether it is singular."""
-        if _negligible(pivots, damped):
-            values = eigvalsh(self.tensor.detach())
-            raise ValueError(
-                f"The matrix is singular ({extremes(values)}), with regul={regul}: solve with a larger `regul`, or "
-                "add damping (`F + damping`)."
-            )
+    def _singular(self, regul: float) -> ValueError:
+        return ValueError(
+            f"The matrix is singular ({extremes(eigvalsh(self.tensor.detach()))}), with regul={regul}: solve with a "
+            "larger `regul`, or add damping (`F + damping`)."
+        )
 
     def _kept(self, name: str, key: Hashable, make: Callable[[], Any]) -> Any:
         """What is derived, once for each version. A graph can be walked only once, so it is not kept."""

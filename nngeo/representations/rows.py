@@ -51,6 +51,8 @@ class RowsBlock(Block):
         return self.view.to_flat(torch.einsum("noij,...noj->...noi", matrices, self.view.to_matrix(v)))
 
     def solve(self, v: Tensor, regul: float) -> Tensor:
+        if not regul:
+            power(self.eigenvalues().detach(), -1.0)  # raises for a singular row
         damped = self.matrices.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(regul)
         inverse, info = torch.linalg.inv_ex(damped)
@@ -74,7 +76,8 @@ class RowsBlock(Block):
 
     def inverse(self) -> RowsBlock:
         power(self.eigenvalues().detach(), -1.0)  # raises for a singular row
-        return replace(self, matrices=torch.linalg.inv(self.matrices))
+        inverse = torch.linalg.inv(self.matrices)
+        return replace(self, matrices=(inverse + inverse.mT) / 2)
 
     def logdet(self) -> Tensor:
         logarithm(self.eigenvalues().detach())  # raises for a row that is not positive definite
