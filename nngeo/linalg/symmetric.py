@@ -19,6 +19,8 @@ from nngeo.linalg.spectrum import Spectrum, cleaned, extremes, logarithm, not_po
 
 Eigen = tuple[Tensor, Tensor]
 
+CHUNK = 2**20  # entries that are compared at a time
+
 
 def reciprocal(values: Tensor, regul: float, what: str = "matrix") -> Tensor:
     """`1 / (values + regul)` for eigenvalues; without damping they must all be away from zero.
@@ -29,6 +31,22 @@ def reciprocal(values: Tensor, regul: float, what: str = "matrix") -> Tensor:
     if regul == 0 and values.numel() and values.abs().min() <= torch.finfo(values.dtype).eps * values.abs().max():
         raise ValueError(f"The {what} is singular ({extremes(values)}): solve with `regul` > 0.")
     return 1 / (values + regul)
+
+
+def require_symmetric(matrices: Tensor, what: str) -> None:
+    """Raise unless matrices (..., p, p) equal their transposes, up to half of the digits of the largest entry."""
+    m = matrices.detach()
+    if not m.numel():
+        return
+    step = max(1, CHUNK * m.shape[-1] // m.numel())  # some rows at a time: the difference is as large as they are
+    starts = range(0, m.shape[-1], step)
+    gap = max(float((m[..., i : i + step, :] - m[..., i : i + step].mT).amax()) for i in starts)
+    low, high = (float(x) for x in m.aminmax())
+    if gap > torch.finfo(m.dtype).eps ** 0.5 * max(-low, high):
+        raise ValueError(
+            f"{what} should be symmetric; it differs from its transpose by up to {gap:.3g}. Give `(M + M.mT) / 2` if "
+            "its symmetric part is meant."
+        )
 
 
 def spectral_norm(values: Tensor, ord: str | int) -> Tensor:

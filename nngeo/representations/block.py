@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -176,7 +176,11 @@ class Block(FullPrecision, ABC):
     def tensors(self) -> dict[str, Tensor | list[int | bool] | None]:
         """The fields as plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return {name: list(astuple(v)) if isinstance(v, MatrixView) else v for name, v in values.items()}
+        return {name: list(vars(v).values()) if isinstance(v, MatrixView) else v for name, v in values.items()}
+
+    def symmetric_parts(self) -> tuple[Tensor, ...]:
+        """The fields that are symmetric matrices (..., m, m)."""
+        return ()
 
     @classmethod
     def picked(cls, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

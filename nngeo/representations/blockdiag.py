@@ -72,6 +72,9 @@ class DenseBlock(Block):
     def diag(self) -> Tensor:
         return self.matrix.diagonal().clone()
 
+    def symmetric_parts(self) -> tuple[Tensor, ...]:
+        return (self.matrix,)
+
     def eigenvalues(self) -> Tensor:
         return self.symmetric.eigh()[0]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nngeo.linalg.arguments import tensor
 from nngeo.linalg.cache import Cache
 from nngeo.linalg.spectrum import Spectrum
-from nngeo.linalg.symmetric import SymmetricMatrix
+from nngeo.linalg.symmetric import SymmetricMatrix, require_symmetric
 from nngeo.representations.base import PMat
 from nngeo.representations.damping import Damping
 from nngeo.representations.finite import require_finite
@@ -45,6 +45,7 @@ class PMatDense(PMat):
         tensor("data", data, "(P, P)")
         if data.shape != self.size():
             raise ValueError(f"`data` should be {self.size()}, is {tuple(data.shape)}.")
+        require_symmetric(data, "`data`")
         return data
 
     @property

@@ -18,7 +18,7 @@ from nngeo.linalg.cache import Cache
 from nngeo.linalg.decompose import svd
 from nngeo.linalg.length import length
 from nngeo.linalg.memory import require_memory
-from nngeo.linalg.symmetric import SymmetricMatrix
+from nngeo.linalg.symmetric import SymmetricMatrix, require_symmetric
 from nngeo.representations.estimate import Estimate, check_kind, positive_count
 from nngeo.representations.memory import copied
 from nngeo.vectors import FVector
@@ -128,8 +128,14 @@ class FMatDense(Estimate):
     @property
     def symmetric(self) -> SymmetricMatrix:
         """The matrix (k n, k n) with its decompositions."""
+
+        def made() -> SymmetricMatrix:
+            matrix = self.data.flatten(2).flatten(0, 1)
+            require_symmetric(matrix, "The kernel")  # one between two sets of examples is square, too
+            return SymmetricMatrix(matrix)
+
         cache = self.__dict__.setdefault("_cache", Cache())
-        return cache.get("symmetric", id(self.data), lambda: SymmetricMatrix(self.data.flatten(2).flatten(0, 1)))
+        return cache.get("symmetric", id(self.data), made)
 
     def trace(self) -> Tensor:
         """0-d, the sum over examples and outputs (neural-tangents divides by the number of outputs)."""

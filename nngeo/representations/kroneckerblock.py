@@ -13,8 +13,8 @@ from nngeo.layers.collection import Layer
 from nngeo.linalg.cache import version
 from nngeo.linalg.kronecker import KroneckerBasis, eigenbasis, outer, times
 from nngeo.linalg.length import length
-from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal
 from nngeo.representations.block import Block
 from nngeo.representations.eigenblock import KroneckerEigenBlock, Moments, moments, nonzero, zero_view
@@ -60,6 +60,9 @@ class KroneckerBlock(Block):
         (da, ua), (dg, ug) = eigenbasis(self.a, "input factor A"), eigenbasis(self.g, "gradient factor G")
         assert ug is not None
         return da, dg, KroneckerBasis(ua, ug)
+
+    def symmetric_parts(self) -> tuple[Tensor, ...]:
+        return (self.g,) if self.a.ndim == 2 else (self.a, self.g)
 
     def mv(self, v: Tensor) -> Tensor:
         return self.view.to_flat(times(self.g @ self.view.to_matrix(v), self.a))

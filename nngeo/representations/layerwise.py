@@ -13,7 +13,7 @@ from nngeo.layers.collection import Layer
 from nngeo.linalg.arguments import shown, tensor
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum
-from nngeo.linalg.symmetric import spectral_norm
+from nngeo.linalg.symmetric import require_symmetric, spectral_norm
 from nngeo.representations.base import MATRICES, PMat, entry
 from nngeo.representations.block import BLOCKS, Block, Sums
 from nngeo.representations.damping import Damping
@@ -120,6 +120,8 @@ class LayerwisePMat(PMat):
                 )
             if (p := len(block.diag())) != layers[name].numel():
                 raise ValueError(f"The block of layer {name!r} is over {p} parameters, not {layers[name].numel()}.")
+            for matrices in block.symmetric_parts():
+                require_symmetric(matrices, f"A matrix of the block of layer {name!r}")
         return {name: data[name] for name in layers}
 
     def _block_types(self) -> tuple[type[Block], ...]:

@@ -13,8 +13,8 @@ from nngeo.linalg.decompose import eigvalsh
 from nngeo.linalg.diagonal import estimate_diag
 from nngeo.linalg.eigenpairs import Eigenpairs, top_eigenpairs
 from nngeo.linalg.length import length
-from nngeo.linalg.quadrature import SpectralDensity, logdet, spectral_density, trace_of
 from nngeo.linalg.operator import Estimated
+from nngeo.linalg.quadrature import SpectralDensity, logdet, spectral_density, trace_of
 from nngeo.linalg.trace import estimate_trace
 from nngeo.representations.base import PMat
 

@@ -44,6 +44,9 @@ class RowsBlock(Block):
         values, vectors = eigh(self.matrices, "matrix of a row")
         return cleaned(values), vectors
 
+    def symmetric_parts(self) -> tuple[Tensor, ...]:
+        return (self.matrices,)
+
     def mv(self, v: Tensor) -> Tensor:
         return self._each_row(v, self.matrices)
 

@@ -43,6 +43,9 @@ class SumBlock(Block):
     def diag(self) -> Tensor:
         return torch.stack([term.diag() for term in self.terms]).sum(0)
 
+    def symmetric_parts(self) -> tuple[Tensor, ...]:
+        return tuple(part for term in self.terms for part in term.symmetric_parts())
+
     def trace(self) -> Tensor:
         return torch.stack([term.trace() for term in self.terms]).sum()
 
