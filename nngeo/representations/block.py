@@ -124,8 +124,11 @@ class Block(FullPrecision, ABC):
     # Damping and functions: by a dense matrix, where the block does not know better
 
     def shifted(self, damping: Tensor) -> Block:
-        """With damping, 0-d or (p,), added to the diagonal; a DenseBlock where the block has no room for it."""
-        return self._as_dense().shifted(damping)
+        """With damping, 0-d or (p,), added to the diagonal."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no damped form: give it a method `shifted`, solve with `regul`, or add the "
+            "damping to another representation, as PMatBlockDiag."
+        )
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Block:
         """With f, which takes tensors of any shape, applied to the eigenvalues."""
@@ -153,6 +156,10 @@ class Block(FullPrecision, ABC):
         instead = "Use a 0-d damping for each layer: it keeps the structure of Kronecker factors."
         require_memory(f"The dense form of a {type(self).__name__}", len(like) ** 2, like.dtype, like.device, instead)
         return BLOCKS["DenseBlock"](self.to_torch())  # type: ignore[call-arg]
+
+    def numel(self) -> int:
+        """p."""
+        return len(self.diag())
 
     def trace(self) -> Tensor:
         """0-d."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -109,6 +110,9 @@ class KroneckerEigenBlock(Block):
 
     def _scale(self, v: Tensor, scalings: Tensor) -> Tensor:
         return self.view.to_flat(self.basis.scale(self.view.to_matrix(v), scalings))
+
+    def numel(self) -> int:
+        return math.prod(self.view.shape)
 
     def mv(self, v: Tensor) -> Tensor:
         return self._scale(v, self.scalings)

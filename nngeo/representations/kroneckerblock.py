@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,9 @@ class KroneckerBlock(Block):
 
     def _diagonals(self) -> tuple[Tensor, Tensor]:
         return self.a if self.a.ndim == 2 else self.a.diagonal(dim1=1, dim2=2), self.g.diagonal(dim1=1, dim2=2)
+
+    def numel(self) -> int:
+        return math.prod(self.view.shape)
 
     def diag(self) -> Tensor:
         a, g = self._diagonals()

@@ -118,7 +118,7 @@ class LayerwisePMat(PMat):
                     f"{type(self).__name__} is made of {', '.join(kind.__name__ for kind in allowed)}; the block of "
                     f"layer {name!r} is a {type(block).__name__}. PMatMixed takes any."
                 )
-            if (p := len(block.diag())) != layers[name].numel():
+            if (p := block.numel()) != layers[name].numel():
                 raise ValueError(f"The block of layer {name!r} is over {p} parameters, not {layers[name].numel()}.")
             for matrices in block.symmetric_parts():
                 require_symmetric(matrices, f"A matrix of the block of layer {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -65,6 +66,9 @@ class RowsBlock(Block):
 
     def diag(self) -> Tensor:
         return self.view.to_flat(self.matrices.diagonal(dim1=-2, dim2=-1))
+
+    def numel(self) -> int:
+        return math.prod(self.view.shape)
 
     def eigenvalues(self) -> Tensor:
         return self._eigh()[0]

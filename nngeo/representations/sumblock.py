@@ -14,6 +14,7 @@ from nngeo.linalg.length import length
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.symmetric import spectral_norm
 from nngeo.representations.block import BLOCKS, Block
+from nngeo.representations.diag import DiagBlock
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,9 @@ class SumBlock(Block):
     @classmethod
     def zeros(cls, layer: Layer, like: Tensor) -> NoReturn:
         raise NotImplementedError("A SumBlock is not estimated: it is the sum of two blocks.")
+
+    def numel(self) -> int:
+        return self.terms[0].numel()
 
     def mv(self, v: Tensor) -> Tensor:
         return torch.stack([term.mv(v) for term in self.terms]).sum(0)
@@ -57,6 +61,10 @@ class SumBlock(Block):
 
     def to_torch(self) -> Tensor:
         return torch.stack([term.to_torch() for term in self.terms]).sum(0)
+
+    def shifted(self, damping: Tensor) -> SumBlock:
+        """With the damping as one more term."""
+        return SumBlock((*self.terms, DiagBlock(damping.expand(self.numel()))))
 
     def inverse(self) -> Block:
         return self._as_dense().inverse()
