@@ -16,6 +16,7 @@ from nngeo import (
     PMatDense,
     PMatDiag,
     PMatEKFAC,
+    PMatImplicit,
     PMatKFAC,
     PMatLowRank,
     PMatQuasiDiag,
@@ -89,6 +90,32 @@ def test_a_small_damping_solves_without_further_regul(dtype):
     F, v = FIM(model, (x,), PMatDense), torch.randn(67, dtype=dtype)
     damping = 0.1 * torch.finfo(dtype).eps
     assert_close((F + damping).solve(v, regul=0), F.solve(v, regul=damping), rtol=1e-3, atol=1e-3 / damping)
+
+
+# With the default damping
+
+
+@pytest.mark.parametrize("pmat", [*STORED, PMatImplicit])
+def test_the_default_damping_is_not_drowned_by_float32(pmat):
+    model, x = net(torch.float32)
+    F = 1e4 * FIM(model, (x,), pmat)
+    v = torch.randn(67)
+    s = F.solve(v) if pmat is not PMatImplicit else F.solve(v, rtol=0.5)
+    largest = float(F.norm(2))
+    assert s.norm() <= v.norm() / (5 * torch.finfo(torch.float32).eps * largest)
+
+
+@pytest.mark.parametrize("pmat", ALL)
+def test_the_default_damping_is_small_in_float64(pmat):
+    model, x = net(torch.float64)
+    F, v = FIM(model, (x,), pmat), torch.randn(67, dtype=torch.float64)
+    assert_close(F.solve(v), F.solve(v, regul=1e-8))
+
+
+def test_the_default_damping_of_a_kernel_is_not_drowned():
+    K = FMatDense(LayerCollection(), data=1e4 * torch.ones(2, 3, 2, 3))
+    v = FVector(torch.tensor([[1.0, -1.0, 0.0]] * 2))
+    assert K.solve(v).to_torch().norm() < 1e3
 
 
 # Quasi-diagonal: weight and bias that move together

@@ -19,6 +19,7 @@ from nngeo.linalg.spectrum import Spectrum, cleaned, extremes, logarithm, not_po
 
 Eigen = tuple[Tensor, Tensor]
 
+DAMPING = 1e-8  # of `solve`, unless rounding asks for more
 CHUNK = 2**20  # entries that are compared at a time
 
 

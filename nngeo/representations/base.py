@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nngeo.linalg.arguments import axis, choice, flag, number, shown, takes_options, tensor
 from nngeo.linalg.memory import require_memory
+from nngeo.linalg.symmetric import DAMPING
 from nngeo.representations.coordinates import coordinates
 from nngeo.representations.estimate import check_kind
 from nngeo.representations.exchange import Exchange
@@ -62,6 +63,10 @@ class PMat(Pooling, Exchange):
 
     @abstractmethod
     def _diag(self) -> Tensor: ...
+
+    def _resolution(self) -> float:
+        """The least damping that rounding does not drown; 0 for a matrix that is solved entry by entry."""
+        return 0.0
 
     @property
     def _sample(self) -> Tensor:
@@ -131,17 +136,22 @@ class PMat(Pooling, Exchange):
         diag = (self._mv(rows) * rows).sum(-1)
         return {"diag": diag, "sum": diag.sum(0), "trace": diag.sum()}[reduction]
 
-    def solve(self, x: X, regul: float = 1e-8, solve: str = "default", **options: Any) -> X:
+    def solve(self, x: X, regul: float | None = None, solve: str = "default", **options: Any) -> X:
         """`(M + regul I)^-1 x`, of the type of x: exact Tikhonov damping, whatever the representation.
 
+        Eigenvalues that rounding can't tell from zero count as zero, so that `regul` alone decides about them.
+
         Args:
+            regul: if None 1e-8, or ten times the rounding of the largest eigenvalue (of the Frobenius norm, where that
+                is known) if that is more, as it mostly is in float32; always 1e-8 for diagonal and quasi-diagonal
+                matrices, which are solved entry by entry.
             solve: "default" is the representation's own; "cg" works for all, with the options of `solvers.cg`. Some
                 have more ("factored" damping for KFAC); `register_solver` adds others.
 
         Raises:
             ValueError: an unknown `solve`, a negative `regul`, or a singular matrix with `regul=0`.
         """
-        regul = number("regul", regul, least=0)
+        regul = max(DAMPING, self._resolution()) if regul is None else number("regul", regul, least=0)
         solver = (solvers := self._solvers())[choice("solve", solve, solvers)]
         takes_options(f"solve={solve!r} of {type(self).__name__}", solver, options)
         flat, back = self._coordinates(x)

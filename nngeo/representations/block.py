@@ -169,6 +169,11 @@ class Block(FullPrecision, ABC):
         """0-d; "fro", 2 or -2."""
         return spectral_norm(self.eigenvalues(), ord)
 
+    def rounding(self) -> float:
+        """What rounding may add to an eigenvalue: damping up to that is drowned by it. 0 where entries are solved."""
+        norm = self.norm("fro").detach()
+        return 10 * torch.finfo(norm.dtype).eps * float(norm)
+
     def to_torch(self) -> Tensor:
         """(p, p), a new tensor."""
         diag = self.diag()

@@ -69,6 +69,9 @@ class DenseBlock(Block):
     def solve(self, v: Tensor, regul: float) -> Tensor:
         return self.symmetric.solve(v, regul)
 
+    def rounding(self) -> float:
+        return self.symmetric.rounding()
+
     def diag(self) -> Tensor:
         return self.matrix.diagonal().clone()
 

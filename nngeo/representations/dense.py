@@ -67,6 +67,9 @@ class PMatDense(PMat):
     def _solve(self, v: Tensor, regul: float) -> Tensor:
         return self.symmetric.solve(v, regul)
 
+    def _resolution(self) -> float:
+        return self.symmetric.rounding()
+
     def _diag(self) -> Tensor:
         return self.data.diagonal().clone()
 

@@ -18,7 +18,7 @@ from nngeo.linalg.cache import Cache
 from nngeo.linalg.decompose import svd
 from nngeo.linalg.length import length
 from nngeo.linalg.memory import require_memory
-from nngeo.linalg.symmetric import SymmetricMatrix, require_symmetric
+from nngeo.linalg.symmetric import DAMPING, SymmetricMatrix, require_symmetric
 from nngeo.representations.estimate import Estimate, check_kind, positive_count
 from nngeo.representations.memory import copied
 from nngeo.vectors import FVector
@@ -116,10 +116,10 @@ class FMatDense(Estimate):
         self._require_square("vTMv")
         return (self._argument(v, self.data.shape[2:]) * self.mv(v).to_torch()).sum()
 
-    def solve(self, x: FVector, regul: float = 1e-8) -> FVector:
-        """`(K + regul I)^-1 x`: O((k n)^3) once for each `regul`."""
+    def solve(self, x: FVector, regul: float | None = None) -> FVector:
+        """`(K + regul I)^-1 x`: O((k n)^3) once for each `regul`; see `PMat.solve`."""
         self._require_square("solve")
-        regul = number("regul", regul, least=0)
+        regul = max(DAMPING, self.symmetric.rounding()) if regul is None else number("regul", regul, least=0)
         flat = self._argument(x, self.data.shape[2:])
         return FVector(self.symmetric.solve(flat.flatten(), regul).reshape(flat.shape))
 

@@ -51,6 +51,9 @@ class PMatInverse(MatrixFree):
         x = self.data.solve(v, **(self.options | options | {"regul": self.options["regul"] + 1 / regul}))
         return (self.data.mv(x) + self.options["regul"] * x) / regul
 
+    def _resolution(self) -> float:
+        return 0.0
+
     def _inverse(self) -> PMat:
         return self.data + self.options["regul"] if self.options["regul"] else self.data
 

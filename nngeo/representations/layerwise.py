@@ -161,6 +161,9 @@ class LayerwisePMat(PMat):
     def _norm(self, ord: str | int) -> Tensor:
         return spectral_norm(torch.stack(list(self._by_layer(lambda name, block: block.norm(ord)).values())), ord)
 
+    def _resolution(self) -> float:
+        return max(block.rounding() for block in self.data.values())
+
     def _dense(self) -> Tensor:
         return torch.block_diag(*[block.to_torch() for block in self.data.values()])
 

@@ -88,6 +88,10 @@ class PMatLowRank(PMat):
         solved = (within / (s.square() + regul)) @ vt
         return solved if full else solved + outside / regul
 
+    def _resolution(self) -> float:
+        s = self.svd()[0].detach()
+        return 10 * torch.finfo(s.dtype).eps * float(length(s.square()))
+
     def _diag(self) -> Tensor:
         return self.rows.square().sum(0)
 

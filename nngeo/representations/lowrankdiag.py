@@ -78,6 +78,9 @@ class PMatLowRankPlusDiag(PMat):
         data = self.data.shifted(self.data.diagonal.new_tensor(regul))
         return data.solve(v) if data.isotropic or data.positive else self._as_dense()._solve(v, regul)
 
+    def _resolution(self) -> float:
+        return 10 * torch.finfo(self.dtype).eps * float(self._norm("fro").detach())
+
     def _diag(self) -> Tensor:
         return self.data.diag()
 

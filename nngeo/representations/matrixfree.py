@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.arguments import shown
+from nngeo.linalg.cache import Cache
 from nngeo.linalg.decompose import eigvalsh
 from nngeo.linalg.diagonal import estimate_diag
 from nngeo.linalg.eigenpairs import Eigenpairs, top_eigenpairs
@@ -91,6 +92,21 @@ class MatrixFree(PMat):
             ValueError: an eigenvalue of zero or less was met.
         """
         return logdet(self, samples=samples, steps=steps, generator=generator)
+
+    def _resolution(self) -> float:
+        """From the largest eigenvalue, by four steps of the power method; in float64 it is not worth these products."""
+        eps = torch.finfo(self.dtype).eps
+        if eps < 1e-10:
+            return 0.0
+
+        def largest() -> float:
+            v = torch.randn(self.layer_collection.numel(), generator=torch.Generator().manual_seed(0))
+            v = v.to(self.device, self.dtype)
+            for _ in range(4):
+                v = self.mv(v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).detach()
+            return float(v.norm())
+
+        return 10 * eps * self.__dict__.setdefault("_cache", Cache()).get("largest", None, largest)
 
     def _norm(self, ord: str | int) -> Tensor:
         """2 by Lanczos; -2 by Lanczos for a positive matrix; "fro", and -2 for others, by forming a small one."""

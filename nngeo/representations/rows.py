@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import Layer
 from nngeo.linalg.decompose import eigh
+from nngeo.linalg.length import length
 from nngeo.linalg.matrixfunction import matrix_function
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum, cleaned, logarithm, power
@@ -63,6 +64,9 @@ class RowsBlock(Block):
         if bool((info != 0).any()):
             raise ValueError(f"A row of the block is singular, with regul={regul}: solve with a larger `regul`.")
         return self._each_row(v, inverse)
+
+    def rounding(self) -> float:
+        return 10 * torch.finfo(self.matrices.dtype).eps * float(length(self.matrices.detach()))
 
     def diag(self) -> Tensor:
         return self.view.to_flat(self.matrices.diagonal(dim1=-2, dim2=-1))

@@ -44,6 +44,9 @@ class SumBlock(Block):
     def solve(self, v: Tensor, regul: float) -> Tensor:
         return self._as_dense().solve(v, regul)
 
+    def rounding(self) -> float:
+        return self._as_dense().rounding()
+
     def diag(self) -> Tensor:
         return torch.stack([term.diag() for term in self.terms]).sum(0)
 
