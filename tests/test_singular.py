@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import pytest
 import torch
 from torch import nn
@@ -148,3 +150,33 @@ def test_a_dead_input_of_a_quasi_diagonal_matrix_is_solved(dtype):
     dense = F.to_torch().double() + 1e-3 * torch.eye(3)
     v = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
     assert_close(F.solve(v, regul=1e-3), torch.linalg.solve(dense, v.double()).to(dtype), rtol=1e-4, atol=1e-4)
+
+
+# Twice is enough: what is divided by the damping is orthogonal to the rows
+
+
+@DTYPES
+@pytest.mark.parametrize("pmat", [PMatLowRank, "damped"])
+def test_what_lies_outside_of_the_rows_is_orthogonal_to_them(pmat, dtype):
+    """One projection of a vector in the span leaves its rounding there, which is divided by the damping."""
+    torch.manual_seed(0)
+    layers = LayerCollection.from_model(nn.Linear(99, 2))
+    eps = torch.finfo(dtype).eps
+    rows = torch.randn(1, 60, 200, dtype=dtype)
+    F, damping = PMatLowRank(layers, data=rows), eps
+    v = torch.randn(60, dtype=dtype) @ rows[0]
+    solved = F.solve(v, regul=damping) if pmat is PMatLowRank else (F + damping).solve(v, regul=0)
+    span = F.svd()[1]
+    inside = solved @ span.mT @ span
+    outside = solved - inside
+    exact = torch.linalg.lstsq(rows[0].mT.double(), v.double()[:, None]).solution[:, 0]
+    assert_close(rows[0] @ solved, exact.to(dtype), rtol=1e-2, atol=1e-2)
+    assert (outside @ span.mT).norm() <= 20 * eps * outside.norm()
+
+
+@pytest.mark.parametrize("n", range(9, 14))
+def test_a_matrix_that_float32_can_hold_but_not_factorise_is_factorised_in_float64(n):
+    """Pascal's symmetric matrix has integer entries and the determinant 1; here from the largest entry on."""
+    entries = [[float(comb(i + j, i)) for j in reversed(range(n))] for i in reversed(range(n))]
+    F = PMatDense(LayerCollection.from_model(nn.Linear(n, 1, bias=False)), data=torch.tensor(entries))
+    assert_close(F.logdet(), torch.tensor(0.0), rtol=0, atol=1e-5)
