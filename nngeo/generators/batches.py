@@ -163,7 +163,7 @@ class Batch:
     def copied(self) -> Batch:
         """The same, with tensors of its own."""
         with torch.inference_mode(False):
-            return Batch(tree_map(torch.clone, self.content))
+            return Batch(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.content))
 
     def parts(self, most: int, apart: Sequence[bool] | None = None) -> list[Batch]:
         """Batches of at most so many of its examples, as equal in size as they can be; views of its tensors."""
@@ -174,11 +174,11 @@ class Batch:
         return [self.examples(slice(start, stop), apart) for start, stop in pairwise(bounds)]
 
     def run(self, model: nn.Module, function: Function | None) -> Any:
-        """`function(*batch)`, or the model on the inputs."""
+        """`function(*batch)`, or the model on the inputs; on copies, which it may change in place."""
+        own = self.copied()
         if function is not None:
-            content = self.given
-            return function(*content) if isinstance(self.content, tuple) else function(content)
-        inputs = as_given(self.inputs)
+            return function(*own.given) if isinstance(own.content, tuple) else function(own.given)
+        inputs = as_given(own.inputs)
         return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
     def mask(self, mask: Callable[[Any], Tensor] | str) -> Tensor:

@@ -22,7 +22,7 @@ Place = int | str  # of an argument: its position, or its key
 
 
 class Runner:
-    """Calls a model with all that a batch holds, on copies of the tensors: a model may change its input in place.
+    """Calls a model with all that a batch holds.
 
     It refers to the model weakly, so that it can be remembered for it.
     """
@@ -32,12 +32,7 @@ class Runner:
 
     def __call__(self, *content: Any) -> Any:
         model: Any = self._model()
-        copies = tree_map(_copy, content)
-        return model(**copies[0]) if self.keywords else model(*copies)
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+        return model(**content[0]) if self.keywords else model(*content)
 
 
 _RUNNERS: weakref.WeakKeyDictionary[nn.Module, dict[bool, Runner]] = weakref.WeakKeyDictionary()
