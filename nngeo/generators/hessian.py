@@ -16,6 +16,7 @@ from nngeo.generators.kept import Kept, LinearizedGenerator
 from nngeo.generators.outputs import check_mode, outputs_of
 from nngeo.generators.record import BatchRecord
 from nngeo.generators.sweeps import Sweeps
+from nngeo.generators.unused import Unused
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.turn import TURN
 
@@ -44,7 +45,7 @@ class HessianGenerator(Generator):
             raise ValueError(f"Unknown reduction {reduction!r}; known are 'sum', 'mean'.")
         self.model, self.loss, self.reduction, self.verbose = model, loss, reduction, verbose
         device_of(model, device)
-        self._sweeps = Sweeps()
+        self._sweeps, self._unused = Sweeps(), Unused()
         self.backward, self.footprint = Backward(), Footprint()
 
     @property
@@ -95,10 +96,16 @@ class HessianGenerator(Generator):
 
     def _graphs(self, examples: Any, layers: LayerCollection) -> Iterator[HessianGraph]:
         dtype_is_one(self.model, layers)
+        names = [name for name, _ in layers.named_parameters(self.model)]
+        unused = set(names)
         for j, batch in enumerate(self._batches(examples)):
             if j == 0:
                 check_repeatable(self.model, None, batch)
-            yield HessianGraph(self, batch, layers)
+            graph = HessianGraph(self, batch, layers)
+            unused -= {name for name, used in zip(names, graph.used, strict=True) if used}
+            yield graph
+        of = "The outputs" if len(unused) < len(names) else "The loss and its gradients"
+        self._unused.warn([name for name in names if name in unused], of)
 
     def run(self, batch: Batch) -> Tensor:
         """The outputs (b, ...), with their graph."""
@@ -130,6 +137,11 @@ class HessianGraph:
             loss = generator.loss_of(batch)
             if loss.requires_grad:
                 self._grads = list(torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True))
+
+    @property
+    def used(self) -> list[bool]:
+        """Which parameters the loss depends on."""
+        return [g is not None for g in self._grads]
 
     def products(self, rows: Tensor) -> Tensor:
         """H v (m, P) for the rows v of (m, P)."""

@@ -24,6 +24,7 @@ from nngeo.generators.record import BatchRecord
 from nngeo.generators.recording import Recording
 from nngeo.generators.sizing import Measure, OfRecords, Sizing, joined, load
 from nngeo.generators.sweeps import Sweeps
+from nngeo.generators.unused import Unused
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.turn import TURN
 from nngeo.linalg.arguments import count, flag, shown
@@ -68,7 +69,7 @@ class JacobianGenerator(Generator):
         self.model, self.estimator, self.function = model, estimator, function
         self.mask, self.target, self.n_output, self.check, self.verbose = mask, target, n_output, check, verbose
         device_of(model, device)
-        self._sweeps = Sweeps()
+        self._sweeps, self._unused = Sweeps(), Unused()
         self._linearizers: dict[LayerCollection, Linearizer | None] = {}
 
     @property
@@ -94,16 +95,10 @@ class JacobianGenerator(Generator):
     def _records(self, examples: Any, layer_collection: LayerCollection, factors: bool) -> Iterator[BatchRecord]:
         dtype_is_one(self.model, layer_collection)
         planner = Planner(self.model, self.function, layer_collection, self.check)
-        warned, estimator = False, self.estimator.begun()
+        estimator = self.estimator.begun()
         for group in self._groups(OfRecords(planner, self.estimator, self._targets), examples):
             recording = planner.record(Batch.joined(group))
-            if (unused := recording.plan.unused) and not warned:
-                warned = True
-                warnings.warn(
-                    f"The outputs do not depend on {', '.join(unused)}: their gradients are zero. "
-                    "Leave them out by `layer_collection=LayerCollection.from_model(model, layers=...)`.",
-                    stacklevel=2,
-                )
+            self._unused.warn(recording.plan.unused)
             c = self._cotangents_of(recording.outputs, group, estimator)
             if not factors and (columns := self._by_columns(group, c, recording.like, layer_collection)) is not None:
                 del recording
@@ -172,6 +167,7 @@ class JacobianGenerator(Generator):
         for group in self._groups(whole, examples):
             batch = Batch.joined(group)
             graph = whole.graph(batch, setting)
+            self._unused.warn(whole.facts.unused)
             parts.append((graph, self._cotangents_of(graph.outputs, group, estimator)))
             if len(parts) == 1:
                 require_second_derivatives(graph, whole)
@@ -202,6 +198,7 @@ class JacobianGenerator(Generator):
         for group in self._groups(whole, examples):
             batch = Batch.joined(group)
             at = whole.at(batch, rows, setting, pulls)
+            self._unused.warn(whole.facts.unused)
             yield Point(at, self._cotangents_of(at.outputs, group, estimator), batch.size)
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:

@@ -58,6 +58,7 @@ class Facts:
 
     reads: bool  # whether Python reads values of tensors, so that every mini-batch has to be tested
     forward_mode: bool  # whether forward mode and gradients are of one function
+    unused: list[str] = field(default_factory=list)  # parameters that the outputs do not depend on
     push: Backward = field(default_factory=Backward)
     pull: Backward = field(default_factory=Backward)
     footprint: Footprint = field(default_factory=Footprint)
@@ -190,7 +191,11 @@ class Linearizer:
         w = torch.randn(1, *graph.outputs.shape, generator=generator, device="cpu").to(graph.outputs)
         pushed = push(v, graph, setting)
         # The gradients by the parameters themselves, which the function may hold outside of the model, too.
-        pulled = joined(graph.pull(w, setting), setting.parameters, 1)
+        grads = graph.pull(w, setting)
+        self.facts.unused = [
+            name for (name, _), g in zip(self.layers.named_parameters(self.model), grads, strict=True) if g is None
+        ]
+        pulled = joined(grads, setting.parameters, 1)
         products, others = (w * pushed).double(), (pulled.to(v) * v).double()
         scale = products.norm() + others.norm()
         tolerance = 10 * torch.finfo(graph.outputs.dtype).eps ** 0.5

@@ -175,7 +175,9 @@ class _Search:
             unit = self._column(0.3 * self._distance[rows] / len(rows) ** 0.5)
             z = self._z(self._best[rows]) / unit
             if self.kinks and before > 1:  # away from a kink at which a line search ended
-                nudge = torch.randn(z.shape, generator=torch.Generator().manual_seed(before)).to(z)
+                nudge = torch.randn(
+                    z.shape, generator=torch.Generator().manual_seed(before), dtype=torch.float64, device="cpu"
+                ).to(z)
                 z = z + 0.1 * nudge / nudge.norm()
             objective = self._objective(rows, unit, z)
             stop = {"maxfun": self.limit - before, "maxiter": self.limit, "ftol": 0.0, "gtol": 0.0, "maxcor": 20}

@@ -40,6 +40,7 @@ class OutputHessian(Variant):
         if not callable(loss_fn):
             raise TypeError(f"`loss_fn` must be a function of outputs and targets; found {type(loss_fn).__name__}.")
         self.loss_fn = loss_fn
+        self._constant = False  # whether a loss that does not depend on the outputs was seen
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
         f, counted = working(outputs), self.counted(outputs, targets, mask)
@@ -112,11 +113,17 @@ class OutputHessian(Variant):
                 ) from error
 
     def _check(self, outputs: Tensor, targets: tuple[Any, ...]) -> None:
-        """Raise where the loss weighs the examples of a batch: by a call on the first one."""
+        """Raise where the loss weighs the examples of a batch, warn where it is constant: by a call on the first."""
         if len(outputs):
-            with torch.no_grad(), Weighing() as weighing:
-                self._loss(outputs[0], *_example(targets, 0))
+            with torch.enable_grad(), Weighing() as weighing:
+                loss = self._loss(outputs[0].detach().requires_grad_(), *_example(targets, 0))
             weighing.check(targets)
+            if not (loss.requires_grad or self._constant):
+                self._constant = True
+                warnings.warn(
+                    "The loss and its gradients do not depend on the outputs, nor on parameters: the matrix is zero.",
+                    stacklevel=2,
+                )
 
 
 def _axes(targets: tuple[Any, ...], outputs: Tensor) -> list[int | None]:
