@@ -366,6 +366,33 @@ def test_a_forward_that_was_run_before_the_engine_was_made_is_right(build):
     assert bool(plan_of(engine).by_rows()) == (len(model) > 3)
 
 
+class Writing(nn.Module):
+    """A layer without a rule, which adds to its own gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            (self.scale * x.detach()).sum().backward()
+        return self.scale.square() * x
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["there", "none"])
+def test_a_module_that_runs_again_writes_no_gradients(there):
+    model = nn.Sequential(nn.Linear(3, 3), Writing(), nn.Linear(3, 1), nn.Flatten(0)).double()
+    engine = Engine(model, batch_dim=0)
+    found = model(torch.randn(5, 3, dtype=torch.float64)).square()
+    written = model[1].scale.grad.clone()
+    model[1].scale.grad = written.clone() if there else None
+    gramian = engine.compute_gramian(found)
+    grads = [p.grad for p in model.parameters()]
+    rows = jacobian(found, list(model.parameters()))
+    assert_close(gramian, rows @ rows.T, **EXACT)
+    assert_close(grads, [None, None, written if there else None, None, None])
+
+
 def test_checkpointing_that_hides_the_graph_is_named():
     body = nn.Linear(3, 3).double()
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

@@ -211,13 +211,20 @@ WRITES = {
     "an attribute in place": lambda layer, x: layer.plain.add_(x),
     "a gradient": lambda layer, x: setattr(layer.weight, "grad", torch.ones_like(layer.weight)),
     "a new attribute": lambda layer, x: setattr(layer, "fresh", x),
+    "gradients": lambda layer, x: backward_of(F.linear(x, layer.weight, layer.bias).sum()),
 }
+
+
+@torch.enable_grad()
+def backward_of(loss: Tensor) -> None:
+    loss.backward()
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @each_sweep
 def test_what_a_forward_writes_is_undone(call, write):
     model = nn.Sequential(Writer(write), nn.Tanh(), nn.Linear(3, 3)).double()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
     with unchanged(model):
         call(model, DataLoader(DATA, 3))
 

@@ -45,6 +45,9 @@ class Snapshot:
         Inside, it is this thread's turn, inference mode and autocast are off, and nothing is run compiled.
         """
         with TURN:
+            for p, _, grad in self._parameters:
+                if grad is not None:
+                    p.grad = None  # a backward pass in a forward would add to it in place
             try:
                 with torch.inference_mode(False), torch.autocast(self._device, enabled=False), _eager():
                     yield

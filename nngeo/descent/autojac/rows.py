@@ -140,8 +140,6 @@ def vectorized() -> Iterator[None]:
 def kept_grads(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Restores the `.grad` of intermediate tensors on leaving: a backward pass writes to those that retain it."""
     kept = [(t, t.grad) for t in tensors if t.retains_grad]
-    for tensor, _ in kept:
-        tensor.grad = None
     try:
         yield
     finally:
