@@ -88,6 +88,17 @@ def test_examples_are_refused(kind, words, examples, call):
         call(net(), examples())
 
 
+@each_call
+def test_inputs_of_a_wrong_width_are_told_with_their_shapes(call):
+    with refused(ValueError, "does not run on a batch of tensors (b, 4), (b)", "4 and 3x3"):
+        call(net(), (torch.cat([X, X[:, :1]], 1), Y))
+
+
+def test_an_example_without_a_batch_axis_is_told_how_to_get_one():
+    with refused(ValueError, "without a batch axis, for which x[None] is a batch of one"):
+        FIM(net(), (X[0],), nngeo.PMatDiag)
+
+
 TRACKING = nn.InstanceNorm1d(3, track_running_stats=True)
 MODELS = {
     "batch norm": (ValueError, "'1' (BatchNorm1d)|train mode|model.eval()", lambda: net(nn.BatchNorm1d(3)).train()),

@@ -416,7 +416,7 @@ def test_negative_damping_is_refused(pmat, case, regul):
 
 
 def test_unknown_solvers_are_listed():
-    with pytest.raises(ValueError, match="Unknown solve='lu'; PMatKFAC has cg, minres, lsmr, default, factored"):
+    with pytest.raises(ValueError, match="Unknown solve='lu'; known are 'cg', 'minres', 'lsmr', 'default', 'factored'"):
         matrix_of(PMatKFAC, *cases_of("linear")).solve(setting(*cases_of("linear")).vector(), solve="lu")
 
 

@@ -424,7 +424,7 @@ def test_other_types_are_refused(other):
 
 def test_options_that_are_unknown_are_refused_with_the_known_ones():
     matrix, v, j = built("kfac", "mlp"), vector("mlp"), random_pfmap(problem("mlp").layers, (1, 1), dtype=torch.float64)
-    with pytest.raises(ValueError, match="'cholesky'.*cg, minres, lsmr, default, factored"):
+    with pytest.raises(ValueError, match="'cholesky'.*'cg', 'minres', 'lsmr', 'default', 'factored'"):
         matrix.solve(v, solve="cholesky")
     with pytest.raises(ValueError, match="'nuc'.*fro"):
         matrix.norm("nuc")

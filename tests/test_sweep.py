@@ -749,7 +749,7 @@ def test_a_hessian_needs_its_loss():
         Hessian(at.model, at.batches, PMatDense)
     with pytest.raises(ValueError, match="should return one number; it returned shape"):
         Hessian(at.model, at.batches, PMatDense, nn.CrossEntropyLoss(reduction="none"))
-    with pytest.raises(ValueError, match="Unknown reduction 'none'; known are 'sum', 'mean'"):
+    with pytest.raises(ValueError, match="Unknown reduction='none'; known are 'sum', 'mean'"):
         Hessian(at.model, at.batches, PMatDense, F.cross_entropy, reduction="none")
 
 

@@ -796,7 +796,7 @@ ERRORS = {
     "no trials": (lambda: MonteCarlo(make_variant("regression"), 0), ValueError, "`trials` must be 1 or more; found 0"),
     "half a trial": (lambda: MonteCarlo(make_variant("regression"), 0.5), TypeError, "must be an integer; found float"),
     "a seed": (lambda: MonteCarlo(make_variant("regression"), 1, 42), TypeError, "must be a torch.Generator or None"),
-    "a loss by name": (lambda: OutputHessian("mse"), TypeError, "`loss_fn` must be a function.*found str"),
+    "a loss by name": (lambda: OutputHessian("mse"), TypeError, "`loss_fn` should be a function.*got 'mse'"),
     "a loss by entry": (
         lambda: Exact(OutputHessian(nn.MSELoss(reduction="none")))(LOGITS, (LOGITS,)).all(),
         ValueError,

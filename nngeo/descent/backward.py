@@ -23,6 +23,7 @@ from nngeo.descent.autojac.combine import (
 from nngeo.descent.autojac.fields import accumulate_grads
 from nngeo.descent.autojac.graph import leaves
 from nngeo.descent.autojac.rows import Rows, jacobians, vectorized, vectorizes, weighted_sum
+from nngeo.linalg.arguments import flag
 from nngeo.linalg.precision import full_precision
 
 # Up to this many rows their Jacobian is kept, to be combined; above, another backward pass takes less memory, if it is
@@ -85,6 +86,7 @@ def backward(
         )
         return None
     chunk = arguments.chunk_size(parallel_chunk_size)
+    flag("retain_graph", retain_graph)
     of = arguments.differentiated("tensors", tensors)
     rows = Rows(of, arguments.cotangents("jac_tensors", jac_tensors, "tensors", of))
     by = leaves(of) if inputs is None else arguments.receivers("inputs", inputs)

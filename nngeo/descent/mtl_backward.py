@@ -12,6 +12,7 @@ from nngeo.descent.autojac.arguments import Aggregation
 from nngeo.descent.autojac.combine import combine
 from nngeo.descent.autojac.fields import accumulate_grads
 from nngeo.descent.autojac.multitask import multitask
+from nngeo.linalg.arguments import flag
 from nngeo.linalg.precision import full_precision
 
 
@@ -58,6 +59,7 @@ def mtl_backward(
         )
         return None
     chunk = arguments.chunk_size(parallel_chunk_size)
+    flag("retain_graph", retain_graph)
     tasks = multitask(tensors, features, grad_tensors, tasks_params, shared_params)
     if not tasks.shared:
         raise ValueError(

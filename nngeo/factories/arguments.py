@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nngeo import representations
 from nngeo.layers import LayerCollection
-from nngeo.layers.collection import checked_layers
+from nngeo.layers.collection import layers_of
 from nngeo.variants import Variant
 
 Mask = Callable[[Any], Tensor] | str
@@ -25,7 +25,7 @@ def layers_for(model: nn.Module, loader: Any, layer_collection: LayerCollection 
         raise TypeError(f"`model` is a {type(model).__name__}; it should be a torch.nn.Module.")
     if loader is None:
         raise TypeError("`loader` is None; give a DataLoader, an iterable of batches, or one batch.")
-    layers = LayerCollection.from_model(model) if layer_collection is None else checked_layers(layer_collection)
+    layers = layers_of(model, layer_collection)
     if not len(layers):
         raise ValueError("`layer_collection` has no layers; make one by LayerCollection.from_model(model).")
     return layers

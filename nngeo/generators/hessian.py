@@ -19,6 +19,7 @@ from nngeo.generators.sweeps import Sweeps
 from nngeo.generators.unused import Unused
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.turn import TURN
+from nngeo.linalg.arguments import callback, choice, flag
 
 
 class HessianGenerator(Generator):
@@ -41,8 +42,9 @@ class HessianGenerator(Generator):
         reduction: str = "sum",
         verbose: bool = False,
     ):
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"Unknown reduction {reduction!r}; known are 'sum', 'mean'.")
+        choice("reduction", reduction, ("sum", "mean"))
+        callback("function", loss, "(prediction, target)")
+        flag("verbose", verbose)
         self.model, self.loss, self.reduction, self.verbose = model, loss, reduction, verbose
         device_of(model, device)
         self._sweeps, self._unused = Sweeps(), Unused()

@@ -127,7 +127,7 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
     try:
         with Snapshot(model).restored(), torch.enable_grad():
             find(model, lambda: outputs_of(batch, model, function))
-        outputs = (look or plain)(batch)
+        outputs = _first(look or plain, plain, batch)
         draws = any(not torch.equal(s, t) for s, t in zip(before, _random_states(), strict=True))
         if draws and any(not torch.equal(outputs, plain(batch)) for _ in range(3)):
             raise ValueError(
@@ -139,6 +139,29 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
         if len(before) > 1:
             torch.cuda.set_rng_state_all(before[1:])
     return outputs
+
+
+def _first(look: Look, plain: Look, batch: Batch) -> Tensor:
+    """The outputs of the first batch; an error of torch's (inputs of a wrong width) is told with the shapes of it.
+
+    Raises:
+        ValueError: the model does not run on these inputs.
+    """
+    try:
+        return look(batch)
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+            raise
+        try:
+            plain(batch)
+        except type(error) as again:
+            raise ValueError(f"The model does not run on a batch of {_shapes(batch)}: {again}.") from again
+        raise  # what failed is how it was looked at
+
+
+def _shapes(batch: Batch) -> str:
+    """Of its tensors, with b for the number of examples."""
+    return "tensors " + ", ".join(f"({', '.join(['b', *map(str, shape)])})" for shape in batch.shapes())
 
 
 def _check_same(name: str, alone: Tensor, together: Tensor) -> None:
@@ -172,6 +195,7 @@ def _run_alone(
         run(model, function, whole)  # if this raises, too, the reason is not the number of examples
         raise ValueError(
             f"The model runs on a batch of {whole.size} examples, but not on {batch.size} of them alone (normalization "
-            "over the batch? a tensor of the batch that is as long as it, but not by example?): gradients of single "
-            f"examples are not defined. It says: {error}"
+            "over the batch? a tensor of the batch that is as long as it, but not by example? one example without a "
+            f"batch axis, for which x[None] is a batch of one?) of {_shapes(whole)}: gradients of single examples are "
+            f"not defined. It says: {error}"
         ) from error

@@ -27,7 +27,7 @@ from nngeo.generators.sweeps import Sweeps
 from nngeo.generators.unused import Unused
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.turn import TURN
-from nngeo.linalg.arguments import count, flag, shown
+from nngeo.linalg.arguments import callback, count, flag
 from nngeo.linalg.contraction import add_inner
 from nngeo.variants import Cotangents, Estimator
 
@@ -62,10 +62,12 @@ class JacobianGenerator(Generator):
         if n_output is not None:
             count("n_output", n_output)
         flag("check", check)
-        if not (function is None or callable(function)):
-            raise TypeError(f"`function` should be a function of a batch, or None; got {shown(function)}.")
-        if not (mask is None or isinstance(mask, str) or callable(mask)):
-            raise TypeError(f"`mask` should be a function of the batch, a key of it, or None; got {shown(mask)}.")
+        flag("verbose", verbose)
+        callback("function", function, "of a batch", optional=True)
+        if not isinstance(target, int | str):
+            callback("target", target, "of the batch; or an index, or a key", optional=True)
+        if not isinstance(mask, str):
+            callback("mask", mask, "of the batch; or a key", optional=True)
         self.model, self.estimator, self.function = model, estimator, function
         self.mask, self.target, self.n_output, self.check, self.verbose = mask, target, n_output, check, verbose
         device_of(model, device)

@@ -279,6 +279,11 @@ def checked_layers(value: Any) -> LayerCollection:
     return value
 
 
+def layers_of(model: nn.Module, layer_collection: Any) -> LayerCollection:
+    """The layers that were asked for, or else all of the model."""
+    return LayerCollection.from_model(model) if layer_collection is None else checked_layers(layer_collection)
+
+
 def _owners(model: nn.Module, frozen: bool) -> Iterator[tuple[nn.Module, Layer]]:
     """Modules with the layers they form: the parameters that they own themselves and no earlier module owns.
 

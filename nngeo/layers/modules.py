@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nngeo.layers.norm import TrailingAxesRule
 from nngeo.layers.rule import register_rule
+from nngeo.linalg.arguments import count, flag, number, sizes
 
 
 class Affine1d(nn.Module):
@@ -21,9 +22,9 @@ class Affine1d(nn.Module):
 
     def __init__(self, num_features: int, bias: bool = True):
         super().__init__()
-        self.num_features = num_features
+        self.num_features = count("num_features", num_features)
         self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if flag("bias", bias) else None
 
     def forward(self, x: Tensor) -> Tensor:
         scaled = x * self.weight
@@ -42,8 +43,8 @@ class WeightNorm1d(nn.Linear):
     """A linear map without bias whose rows have unit length: `x @ W.T` with `W = weight / sqrt(|weight|^2 + eps)`."""
 
     def __init__(self, in_features: int, out_features: int, eps: float = 1e-5):
-        super().__init__(in_features, out_features, bias=False)
-        self.eps = eps
+        super().__init__(count("in_features", in_features), count("out_features", out_features), bias=False)
+        self.eps = number("eps", eps, least=0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, _unit(self.weight, self.eps))
@@ -60,8 +61,10 @@ class WeightNorm2d(nn.Conv2d):
     """A convolution without bias whose filters have unit length, as in WeightNorm1d."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, eps: float = 1e-5, **options: Any):
-        super().__init__(in_channels, out_channels, kernel_size, bias=False, **options)
-        self.eps = eps
+        channels = count("in_channels", in_channels), count("out_channels", out_channels)
+        size = sizes("kernel_size", kernel_size)
+        super().__init__(*channels, (size[0], size[-1]), bias=False, **options)
+        self.eps = number("eps", eps, least=0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, _unit(self.weight, self.eps), None)

@@ -15,7 +15,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def number(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> float:
+def number(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf, positive: bool = False) -> float:
     """A finite number in an interval, from a number or a tensor with one entry.
 
     Raises:
@@ -27,9 +27,7 @@ def number(name: str, value: Any, *, least: float = -math.inf, most: float = mat
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` should be a number; got {shown(value)}.")
     value = float(value)
-    if not math.isfinite(value):
-        raise ValueError(f"`{name}` should be finite; got {value}.")
-    if not least <= value <= most:
+    if (least, most) != (-math.inf, math.inf) and not least <= value <= most:  # nan, too
         ends = (
             "not be negative"
             if (least, most) == (0, math.inf)
@@ -38,6 +36,10 @@ def number(name: str, value: Any, *, least: float = -math.inf, most: float = mat
             else f"be from {least:g} to {most:g}"
         )
         raise ValueError(f"`{name}` must {ends}; got {value:g}.")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` should be finite; got {value}.")
+    if positive and not value > 0:
+        raise ValueError(f"`{name}` should be positive; got {value:g}.")
     return value
 
 
@@ -55,6 +57,16 @@ def count(name: str, value: Any, *, least: int = 1, most: int | None = None, of:
         ends = f"at least {least}" if most is None else f"from {least} to {most}{of and f', {of}'}"
         raise ValueError(f"`{name}` should be {ends}; got {value}.")
     return value
+
+
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """One or more sizes, whole numbers from 1 on, as a tuple.
+
+    Raises:
+        TypeError, ValueError: they are none.
+    """
+    given = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return tuple(count(name, size) for size in given)
 
 
 def choice(name: str, value: Any, known: Iterable[T]) -> T:
@@ -92,7 +104,7 @@ def axis(name: str, value: Any, ndim: int) -> int:
     return count(name, value, least=-ndim, most=ndim - 1)
 
 
-def instance(name: str, value: Any, kind: type[T], hint: str = "") -> T:
+def instance(name: str, value: Any, kind: Any, hint: str = "") -> Any:
     """An object of a class; `hint` says how one is made.
 
     Raises:
@@ -112,6 +124,18 @@ def takes_options(what: str, function: Callable[..., Any], options: Iterable[str
     if unknown := [name for name in options if name not in known]:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise TypeError(f"{what} has no option {', '.join(unknown)}; {takes}.")
+
+
+def callback(name: str, value: Any, of: str = "", *, optional: bool = False) -> Any:
+    """What can be called, and is no class (but a partial one); `of` says what it is called with, for messages.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not (value is None and optional) and (not callable(value) or isinstance(value, type)):
+        what = f"a function{of and f' {of}'}{', or None' if optional else ''}"
+        raise TypeError(f"`{name}` should be {what}; got {shown(value)}.")
+    return value
 
 
 def random_source(value: Any) -> torch.Generator | None:

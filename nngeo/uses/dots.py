@@ -9,10 +9,12 @@ from torch import Tensor
 
 from nngeo.generators import BatchRecord, LayerRecord
 from nngeo.layers import LayerCollection
+from nngeo.linalg.arguments import choice
 from nngeo.linalg.decompose import svd
 from nngeo.linalg.outer import OuterProducts
 from nngeo.linalg.selected import SelectedProducts
 
+BY = ("example", "layer", "token")
 BUDGET = 2**24  # elements of the largest temporary
 
 
@@ -31,8 +33,7 @@ class Dots:
     by: str = "example"
 
     def __post_init__(self) -> None:
-        if self.by not in ("example", "layer", "token"):
-            raise ValueError(f"Unknown by={self.by!r}; known are 'example', 'layer' and 'token'.")
+        choice("by", self.by, BY)
         self._by_layer = self.layers.split(self.vectors)
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 

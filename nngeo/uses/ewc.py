@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.layers import LayerCollection
+from nngeo.layers.collection import checked_layers
+from nngeo.linalg.arguments import instance
 from nngeo.representations import PMat
 from nngeo.uses.estimates import fisher
 from nngeo.uses.quadratic import Quadratic
@@ -54,6 +56,9 @@ class EWC:
         verbose: bool = False,
         **options: Any,
     ):
+        instance("model", model, nn.Module)
+        if layer_collection is not None:
+            checked_layers(layer_collection)
         self.model, self.representation, self.layer_collection = model, representation, layer_collection
         self.quadratic = Quadratic(decay)
         self._options = {"variant": variant, "trials": trials, "verbose": verbose, **options}

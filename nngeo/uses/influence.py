@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from nngeo.generators import BatchRecord, Examples, JacobianGenerator
 from nngeo.generators.batches import Function
+from nngeo.linalg.arguments import callback, choice, count, instance, number, shown
 from nngeo.linalg.cg import conjugate_gradients
 from nngeo.representations import PFMapDense, PMat, PMatImplicit
-from nngeo.uses.dots import BUDGET, Dots
+from nngeo.uses.dots import BUDGET, BY, Dots
 from nngeo.uses.lossgradients import Loss, loss_gradients
 from nngeo.uses.scorefiles import ScoreFiles
 from nngeo.variants import Exact, MonteCarlo
@@ -79,6 +80,17 @@ def influence(
     >>> influence(model, FIM(model, (x,), PMatKFAC), (x[:2], y[:2]), (x, y), loss).shape
     torch.Size([2, 8])
     """
+    _check(model, F, loss, damping, function)
+    count("refine", refine, least=0)
+    choice("by", by, BY)
+    callback("measure", measure, "(outputs, *targets)", optional=True)
+    for name, value in (("top", top), ("rank", rank)):
+        if value is not None:
+            count(name, value)
+    if exact is not None:
+        instance("exact", exact, PMat, "such as a PMatImplicit")
+    if not (store is None or isinstance(store, str | Path)):
+        raise TypeError(f"`store` should be a directory (str or pathlib.Path), or None; got {shown(store)}.")
     if by != "example" and top is not None:
         raise ValueError(f"`top` is of scores by example; it has no meaning with by={by!r}.")
     function = function or getattr(F.generator, "function", None)
@@ -115,6 +127,7 @@ def self_influence(
 
     Large for what is rare, or labelled wrongly. Gradients are formed for some examples at a time.
     """
+    _check(model, F, loss, damping, function)
     source = loss_gradients(model, loss, function or getattr(F.generator, "function", None), verbose)
     most, found = max(1, BUDGET // F.layer_collection.numel()), []
     for batch in Examples(train):
@@ -122,6 +135,14 @@ def self_influence(
             g = PFMapDense(F.layer_collection, source, examples=part.content).data[0]
             found.append((g * F.solve(g, regul=damping)).sum(-1))
     return torch.cat(found)
+
+
+def _check(model: nn.Module, F: PMat, loss: Loss, damping: float, function: Function | None) -> None:
+    instance("model", model, nn.Module)
+    instance("F", F, PMat, "as of FIM")
+    callback("loss", loss, "(outputs, *targets), summed over examples")
+    callback("function", function, "of a batch", optional=True)
+    number("damping", damping, least=0)
 
 
 def _solved(
@@ -138,7 +159,7 @@ def _solved(
     if not refine:
         return F.solve(g, regul=damping)
     near = None if isinstance(F, PMatImplicit) else F
-    matrix = exact or _exact(F, train, function, verbose)
+    matrix = _exact(F, train, function, verbose) if exact is None else exact
     return conjugate_gradients(
         lambda v: matrix.mv(v) + damping * v,
         g,

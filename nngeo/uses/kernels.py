@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import flag, number, shown, tensor
 from nngeo.linalg.decompose import eigh
 from nngeo.representations import FMatDense
 from nngeo.vectors import FVector
@@ -46,14 +47,15 @@ def kernel_predict(
     tensor([[0.5000],
             [1.0000]])
     """
-    n, k = y.shape
+    n, k = tensor("y", y, "(n, k)", ndim=2).shape
     rows, columns = _shapes(K, K_cross, n, k)
     if rows != n or columns != n:
         raise ValueError(
             f"`y` {tuple(y.shape)}, `K` and `K_cross` do not fit: K is of {rows} examples, K_cross of {columns}."
         )
-    if ridge < 0 or rate < 0 or (t is not None and t < 0):
-        raise ValueError(f"`t`, `ridge` and `rate` must not be negative; got {t}, {ridge} and {rate}.")
+    ridge, rate = number("ridge", ridge, least=0), number("rate", rate, least=0)
+    t = None if t is None else number("t", t, least=0)
+    f0, f0_cross = _outputs("f0", f0, n, k), _outputs("f0_cross", f0_cross, None, k)
     missing = y - f0
     if t is None and ridge > 0:
         weights = _solve(K, missing, ridge)
@@ -74,7 +76,8 @@ def alignment(K: Kernel, y: Tensor, *, centred: bool = False) -> Tensor:
         K: (n, n), or (k, n, k, n), of which the outputs are summed.
         centred: whether the means over examples are taken out of both (Cortes et al., 2012).
     """
-    return _cosine(by_example(K), y @ y.mT, centred)
+    y = tensor("y", y, "(n, k)", ndim=2)
+    return _cosine(by_example("K", K), y @ y.mT, flag("centred", centred))
 
 
 def cka(K1: Kernel, K2: Kernel) -> Tensor:
@@ -82,7 +85,7 @@ def cka(K1: Kernel, K2: Kernel) -> Tensor:
 
     1 for kernels that are equal up to a factor and the means over examples.
     """
-    return _cosine(by_example(K1), by_example(K2), True)
+    return _cosine(by_example("K1", K1), by_example("K2", K2), True)
 
 
 def effective_rank(K: Kernel, ridge: float | None = None) -> Tensor:
@@ -91,16 +94,35 @@ def effective_rank(K: Kernel, ridge: float | None = None) -> Tensor:
     The exponential of the entropy of the eigenvalues over their sum (Roy & Vetterli, 2007); with a ridge the effective
     dimension `tr K (K + ridge)^-1`.
     """
-    values = _eigen(K)[0].clamp(min=0)
+    values = _eigen(_checked("K", K))[0].clamp(min=0)
     if ridge is not None:
+        ridge = number("ridge", ridge, least=0)
         return (values / (values + ridge)).sum()
     share = values / values.sum()
     return (-torch.special.xlogy(share, share).sum()).exp()
 
 
-def by_example(K: Kernel) -> Tensor:
+def by_example(name: str, K: Kernel) -> Tensor:
     """(n, n), summed over outputs (the trace of each block)."""
+    K = _checked(name, K)
     return torch.einsum("knkm->nm", K.data) if isinstance(K, FMatDense) else K
+
+
+def _checked(name: str, K: Kernel) -> Kernel:
+    if isinstance(K, FMatDense):
+        return K
+    if tensor(name, K, "(n, n), or a kernel of NTK", ndim=2).shape[0] != K.shape[1]:
+        raise ValueError(f"`{name}` should be a kernel (n, n); it has the shape {tuple(K.shape)}.")
+    return K
+
+
+def _outputs(name: str, f: Tensor | float, n: int | None, k: int) -> Tensor | float:
+    """Outputs (n, k), or one number for all."""
+    if not isinstance(f, Tensor):
+        return number(name, f)
+    if f.ndim and (f.ndim != 2 or f.shape[1] != k or n not in (None, len(f))):
+        raise ValueError(f"`{name}` should be ({'m' if n is None else n}, {k}), or a number; it is {shown(f)}.")
+    return f
 
 
 def _cosine(K1: Tensor, K2: Tensor, centred: bool) -> Tensor:
@@ -115,6 +137,8 @@ def _shapes(K: Kernel, K_cross: Kernel, n: int, k: int) -> tuple[int, int]:
     """The numbers of training examples of the two."""
     found = []
     for name, kernel in (("K", K), ("K_cross", K_cross)):
+        if not isinstance(kernel, FMatDense):
+            tensor(name, kernel, "(..., n), or a kernel of NTK")
         shape = tuple(kernel.data.shape if isinstance(kernel, FMatDense) else kernel.shape)
         if len(shape) == 4 and (shape[0] != k or shape[2] != k) or len(shape) not in (2, 4):
             raise ValueError(f"`{name}` should be ({k}, ..., {k}, {n}) or (..., {n}) for y ({n}, {k}); it is {shape}.")

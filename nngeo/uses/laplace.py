@@ -16,6 +16,7 @@ from nngeo.generators.batches import Function
 from nngeo.generators.independence import run
 from nngeo.layers import LayerCollection
 from nngeo.layers.replace import replaced
+from nngeo.linalg.arguments import callback, choice, count, flag, instance, number, random_source
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.spectrum import logarithm
 from nngeo.products import jmjTp
@@ -65,13 +66,17 @@ class Laplace:
         function: Function | None = None,
         verbose: bool = False,
     ):
+        instance("model", model, nn.Module)
+        instance("F", F, PMat, "as of FIM")
+        flag("verbose", verbose)
         self.model, self.F, self.likelihood = model, F, likelihood
         self._likelihood = likelihood_of(likelihood)
         if F.n_examples is None:
             raise ValueError(f"This {type(F).__name__} has no count of examples: set F.n_examples.")
-        self.temperature, self.function, self.verbose = temperature, function, verbose
+        self.temperature, self.verbose = number("temperature", temperature, positive=True), verbose
+        self.function = callback("function", function, "of the inputs", optional=True)
         self.mean = PVector.from_model(model, F.layer_collection).to(dtype=F.dtype).detach().clone()
-        self.prior_precision, self.noise = self._prior(prior_precision), self._number(noise)
+        self.prior_precision, self.noise = self._prior(prior_precision), self._noise(noise)
         self._fit, self._count = torch.zeros((), dtype=F.dtype, device=F.device), 0
 
     @classmethod
@@ -129,7 +134,7 @@ class Laplace:
         if not self._count:
             raise ValueError("The evidence takes targets: use Laplace.fit(model, loader of (inputs, targets), ...).")
         prior = self.prior_precision if prior_precision is None else self._prior(prior_precision)
-        noise = self.noise if noise is None else self._number(noise)
+        noise = self.noise if noise is None else self._noise(noise)
         w, scale = self.mean.to_torch(), self._scale(noise)
         each = self._flat(prior).expand(len(w))
         likelihood = self._likelihood.log_likelihood(self._fit, self._count, noise) / self.temperature
@@ -146,7 +151,7 @@ class Laplace:
         """
         logs = [self.prior_precision.log()] + ([self.noise.log()] if self._likelihood.noisy else [])
         logs = [x.detach().clone().requires_grad_() for x in logs]
-        optimizer = torch.optim.LBFGS(logs, max_iter=steps, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(logs, max_iter=count("steps", steps), line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
@@ -190,8 +195,9 @@ class Laplace:
                 networks with drawn weights, which are not linearized.
             samples: of the last two.
         """
-        if link not in LINKS:
-            raise ValueError(f"Unknown link {link!r}; known are {', '.join(LINKS)}.")
+        choice("link", link, LINKS)
+        count("samples", samples)
+        random_source(generator)
         if link == "samples":
             outputs = self._networks(x, self.sample(samples, generator))
             if self._likelihood.noisy:
@@ -256,11 +262,14 @@ class Laplace:
         assert self.F.n_examples is not None
         return self.F.n_examples / (self.temperature * (noise if self._likelihood.noisy else torch.ones_like(noise)))
 
-    def _number(self, value: float | Tensor) -> Tensor:
+    def _noise(self, value: float | Tensor) -> Tensor:
+        number("noise", value, positive=True)
         return torch.as_tensor(value, dtype=self.F.dtype, device=self.F.device)
 
     def _prior(self, value: Any) -> Tensor:
-        prior = self._number(value)
+        if not isinstance(value, Tensor):
+            number("prior_precision", value)
+        prior = torch.as_tensor(value, dtype=self.F.dtype, device=self.F.device)
         allowed = [(), (len(self.F.layer_collection),), (self.F.layer_collection.numel(),)]
         if tuple(prior.shape) not in allowed:
             raise ValueError(

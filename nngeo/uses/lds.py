@@ -6,6 +6,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from nngeo.linalg.arguments import tensor
+
 
 def lds(scores: Tensor, masks: Tensor, losses: Tensor) -> Tensor:
     """The linear datamodeling score, 0-d: the rank correlation of foretold and measured losses, the mean over queries.
@@ -26,7 +28,9 @@ def lds(scores: Tensor, masks: Tensor, losses: Tensor) -> Tensor:
     >>> print(f"{lds(scores, masks, torch.tensor([[0.1], [0.2]])):.2f}")
     1.00
     """
-    (q, n), (s, m) = scores.shape, masks.shape
+    q, n = tensor("scores", scores, "(q, n)", ndim=2).shape
+    s, m = tensor("masks", masks, "(s, n)", ndim=2, real=False).shape
+    tensor("losses", losses, "(s, q)", ndim=2)
     if m != n or losses.shape != (s, q) or s < 2:
         raise ValueError(
             f"`scores` (q, n), `masks` (s, n) and `losses` (s, q), s at least 2, do not fit: found "

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeo.linalg.arguments import choice
+
 PROBIT = math.pi / 8
 
 
@@ -134,6 +136,4 @@ def likelihood_of(name: Any) -> Likelihood:
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in LIKELIHOODS:
-        raise ValueError(f"Unknown likelihood {name!r}; known are {', '.join(LIKELIHOODS)}.")
-    return LIKELIHOODS[name]
+    return LIKELIHOODS[choice("likelihood", name, LIKELIHOODS)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nngeo.linalg.arguments import count, instance, number, shown
 from nngeo.linalg.cg import conjugate_gradients
 from nngeo.representations import PMat
 from nngeo.uses.averages import averaged
@@ -42,17 +43,24 @@ def merge(
     >>> merge(models, [FIM(model, (x,), PMatKFAC) for model in models])
     PVector(8 coordinates of 1 layer, flat, torch.float32, cpu)
     """
+    for name, given in (("models", models), ("Fs", Fs)):
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"`{name}` should be a list; got {shown(given)}.")
+    for i, (model, F) in enumerate(zip(models, Fs, strict=False)):
+        if not isinstance(model, nn.Module | PVector):
+            raise TypeError(f"`models[{i}]` should be a torch.nn.Module or a PVector; got {shown(model)}.")
+        instance(f"Fs[{i}]", F, PMat)
     if not models or len(models) != len(Fs):
         raise ValueError(f"`models` and `Fs` should be equally many, one or more; found {len(models)} and {len(Fs)}.")
     layers = Fs[0].layer_collection
     if any(F.layer_collection != layers for F in Fs):
         raise ValueError("All matrices should be over the same layers.")
-    if not damping > 0:
-        raise ValueError(f"`damping` should be positive; got {damping}.")
-    shares = torch.tensor([1.0] * len(Fs) if weights is None else list(weights), dtype=torch.float64)
-    if len(shares) != len(Fs) or not bool((shares > 0).all()):
-        raise ValueError(f"`weights` should be {len(Fs)} positive numbers; got {weights}.")
-    a = [float(share) for share in shares / shares.sum()]
+    damping, rtol = number("damping", damping, positive=True), number("rtol", rtol, least=0)
+    count("max_iter", max_iter, least=0)
+    if weights is not None and (not isinstance(weights, Sequence | Tensor) or len(weights) != len(Fs)):
+        raise ValueError(f"`weights` should be {len(Fs)} positive numbers; got {shown(weights)}.")
+    shares = [number("weights", share, positive=True) for share in ([1.0] * len(Fs) if weights is None else weights)]
+    a = [share / sum(shares) for share in shares]
     ws = [_weights(model, F) for model, F in zip(models, Fs, strict=True)]
 
     def product(v: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from nngeo.factories import FIM
 from nngeo.generators import Generator
 from nngeo.layers import LayerCollection
+from nngeo.layers.collection import layers_of
+from nngeo.linalg.arguments import callback, choice, count, flag, number, shown
 from nngeo.representations import PMat, PMatImplicit, PMatKFAC
 from nngeo.uses.averages import averaged
 from nngeo.uses.capture import Capture, Captured
@@ -83,8 +85,10 @@ class NaturalGradient(torch.optim.Optimizer):
         **options: Any,
     ):
         _check(lr, damping, decay, update_every, solve_every, momentum, kl_clip, weight_decay)
+        flag("empirical", empirical)
+        flag("others", others)
         self.model, self.representation, self.variant = model, representation, variant
-        self.layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+        self.layers = layers_of(model, layer_collection)
         self.trials, self.empirical, self.decay = None if empirical else trials, empirical, decay
         self.update_every, self.solve_every = update_every, solve_every
         self.adapts, self.exact = damping == "lm", momentum == "exact"
@@ -203,6 +207,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """The loss, its gradients being there, and whether the closure made them."""
         if closure is None:
             return None, False
+        callback("closure", closure, "of nothing")
         self.zero_grad()
         with torch.enable_grad():
             loss = closure()
@@ -314,6 +319,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take all of a `state_dict()`: steps go on exactly as they would have."""
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"`state_dict` should be that of a NaturalGradient; got {shown(state_dict)}.")
         parts = unpacked(state_dict.get("natural", {}), "a NaturalGradient")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "natural"})
         self.calls, self.updates, self.steps = parts["calls"], parts["updates"], parts["steps"]
@@ -325,16 +332,19 @@ class NaturalGradient(torch.optim.Optimizer):
 def _check(
     lr: float, damping: Any, decay: float, update_every: int, solve_every: int, momentum: Any, kl_clip: Any, c: float
 ) -> None:
-    number = isinstance(damping, int | float) and damping >= 0
-    if not number and damping != "lm":
-        raise ValueError(f"`damping` should be a number from 0 on, or 'lm'; got {damping!r}.")
-    if momentum != "exact" and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
-        raise ValueError(f"`momentum` should be from 0 to below 1, or 'exact'; got {momentum!r}.")
-    if not 0 <= decay < 1:
-        raise ValueError(f"`decay` should be from 0 to below 1; got {decay}.")
-    if not (lr >= 0 and c >= 0):
-        raise ValueError(f"`lr` and `weight_decay` must not be negative; got {lr} and {c}.")
-    if update_every < 1 or solve_every < 1:
-        raise ValueError(f"`update_every` and `solve_every` are 1 or more; got {update_every} and {solve_every}.")
-    if kl_clip is not None and not kl_clip > 0:
-        raise ValueError(f"`kl_clip` should be positive, or None; got {kl_clip}.")
+    if isinstance(damping, str):
+        choice("damping", damping, ["lm"])
+    else:
+        number("damping", damping, least=0)
+    if isinstance(momentum, str):
+        choice("momentum", momentum, ["exact"])
+    elif number("momentum", momentum, least=0, most=1) == 1:
+        raise ValueError("`momentum` should be below 1; got 1.")
+    if number("decay", decay, least=0, most=1) == 1:
+        raise ValueError("`decay` should be below 1; got 1.")
+    number("lr", lr, least=0)
+    number("weight_decay", c, least=0)
+    count("update_every", update_every)
+    count("solve_every", solve_every)
+    if kl_clip is not None:
+        number("kl_clip", kl_clip, positive=True)

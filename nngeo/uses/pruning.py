@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import count, flag, instance, number
 from nngeo.linalg.cg import conjugate_gradients
 from nngeo.representations import PMat
 from nngeo.vectors import PVector
@@ -46,16 +47,19 @@ def prune(
     >>> (pruned.to_torch() == 0).sum()
     tensor(4)
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"`fraction` should be from 0 to 1; got {fraction}.")
+    instance("F", F, PMat)
+    instance("w", w, PVector)
+    fraction, damping = number("fraction", fraction, least=0, most=1), number("damping", damping, least=0)
+    count("rounds", rounds)
+    count("steps", steps, least=0)
     start = w.restrict(F.layer_collection).to_torch().detach().to(dtype=F.dtype, device=F.device)
     inverse_diagonal = (F + damping).get_diag(inverse=True)
     pruned, kept = start.clone(), torch.ones_like(start, dtype=torch.bool)
-    rounds = rounds if update else 1
+    rounds = rounds if flag("update", update) else 1
     for i in range(1, rounds + 1):
-        count = round((1 - (1 - fraction) ** (i / rounds)) * len(start))
+        gone = round((1 - (1 - fraction) ** (i / rounds)) * len(start))
         worth = (pruned.square() / inverse_diagonal).masked_fill(~kept, -1.0)
-        kept[worth.argsort(stable=True)[:count]] = False
+        kept[worth.argsort(stable=True)[:gone]] = False
         pruned = _made_up(F, start, kept, pruned, damping, steps) if update else start.where(kept, 0.0)
     return PVector(F.layer_collection, pruned)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import instance, number
 from nngeo.representations import PMat
 from nngeo.uses.averages import averaged
 from nngeo.uses.state import packed, unpacked
@@ -64,9 +65,7 @@ class Quadratic:
     """
 
     def __init__(self, decay: float | None = 1.0):
-        if decay is not None and not 0 <= decay <= 1:
-            raise ValueError(f"`decay` should be from 0 to 1, or None for a term for each addition; got {decay}.")
-        self.decay = decay
+        self.decay = None if decay is None else number("decay", decay, least=0, most=1)
         self.terms: list[Term] = []
         self.added = 0
 
@@ -77,6 +76,8 @@ class Quadratic:
             ValueError: with a `decay`, a matrix over other layers than the ones before.
             NotImplementedError: with a `decay`, a representation without a mean of two matrices.
         """
+        instance("F", F, PMat)
+        instance("w", w, PVector)
         centre = w.restrict(F.layer_collection).to(device=F.device, dtype=F.dtype).detach().clone()
         if self.terms and self.decay is not None:
             self.terms = [self.terms[-1].followed_by(F, centre, self.decay)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import number
 from nngeo.linalg.decompose import cholesky, cholesky_factors
 from nngeo.variants.base import Cotangents, Variant, aligned, keep, working
 from nngeo.variants.registry import register_variant
@@ -105,6 +106,8 @@ def _by_example(mask: Tensor) -> bool:
 
 def _checked(covariance: Any) -> Tensor:
     """The covariance as a detached floating-point tensor: (), (o,) or (o, o), positive."""
+    if not isinstance(covariance, Tensor | Sequence) or isinstance(covariance, str):
+        number("covariance", covariance)
     given = (
         covariance.detach()
         if isinstance(covariance, Tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
+from nngeo.linalg.arguments import callback
 from nngeo.linalg.decompose import eigh
 from nngeo.variants.base import Cotangents, Variant, keep, working
 from nngeo.variants.margins import WrittenOut
@@ -37,9 +38,7 @@ class OutputHessian(Variant):
     name = "output_hessian"
 
     def __init__(self, loss_fn: Callable[..., Tensor]):
-        if not callable(loss_fn):
-            raise TypeError(f"`loss_fn` must be a function of outputs and targets; found {type(loss_fn).__name__}.")
-        self.loss_fn = loss_fn
+        self.loss_fn = callback("loss_fn", loss_fn, "of outputs and targets")
         self._constant = False  # whether a loss that does not depend on the outputs was seen
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:

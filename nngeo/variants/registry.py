@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from nngeo.linalg.arguments import instance, suggestion
+from nngeo.linalg.arguments import callback, instance, suggestion
 from nngeo.variants.base import Cotangents, Variant, keep
 
 VARIANTS: dict[str, Callable[..., Variant]] = {}
@@ -20,7 +20,9 @@ class FunctionVariant(Variant):
     """The metric whose cotangents are `function(outputs, *targets)`, (k, b, *outputs). It has no draws or gradients."""
 
     def __init__(self, function: Callable[..., Tensor], name: str | None = None):
-        self.function = function
+        self.function = callback("function", function, "(outputs, *targets)")
+        if name is not None:
+            instance("name", name, str)
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
 
     def exact(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:
@@ -85,8 +87,8 @@ def make_variant(variant: str | Variant | Callable[..., Any], **options: Any) ->
         return _call(VARIANTS[variant], variant, options)
     if inspect.isclass(variant) and issubclass(variant, Variant):
         return _call(variant, variant.name or variant.__name__, options)
-    if callable(variant):
-        made: Variant = FunctionVariant(variant)  # type: ignore[arg-type]
+    if callable(variant) and not inspect.isclass(variant):
+        made: Variant = FunctionVariant(variant)
         return _call(lambda: made, made.name, options)
     raise TypeError(f"`variant` must be a name, a Variant or a function; found {type(variant).__name__}.")
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nngeo.layers.collection import LayerCollection, UnknownName, checked_layers
+from nngeo.layers.collection import LayerCollection, UnknownName, checked_layers, layers_of
 from nngeo.linalg.arguments import choice, instance, shown, tensor
 from nngeo.vectors.arithmetic import Arithmetic
 from nngeo.vectors.differences import described, differences, listed
@@ -57,7 +57,7 @@ class PVector(Arithmetic):
     @classmethod
     def from_model(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
         """The parameters themselves, not copies: differentiable, and changed by in-place arithmetic."""
-        layers = LayerCollection.from_model(model) if layer_collection is None else checked_layers(layer_collection)
+        layers = layers_of(model, layer_collection)
         return cls.from_dict(layers, dict(layers.named_parameters(model)))
 
     @classmethod
@@ -73,7 +73,7 @@ class PVector(Arithmetic):
         A parameter without one is an error, or zero if `missing="zero"` (for what the outputs do not depend on).
         """
         choice("missing", missing, ("error", "zero"))
-        layers = LayerCollection.from_model(model) if layer_collection is None else checked_layers(layer_collection)
+        layers = layers_of(model, layer_collection)
         parameters = dict(layers.named_parameters(model))
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
         if without and missing == "error":

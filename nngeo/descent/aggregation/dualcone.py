@@ -39,7 +39,9 @@ class DualConeWeighting(GramianWeighting):
     ) -> None:
         super().__init__()
         self.pref_vector = pref_vector
-        self.projector = projector or PivotingProjector(norm_eps=norm_eps, reg_eps=reg_eps, strict=strict)
+        self.projector = projector
+        if projector is None:
+            self.projector = PivotingProjector(norm_eps=norm_eps, reg_eps=reg_eps, strict=strict)
         if projector is not None and (norm_eps, reg_eps, strict) != (0, 1e-4, False):
             raise ValueError("norm_eps, reg_eps and strict belong to the default projector: give them to yours.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from torch import Tensor
 from nngeo.descent.aggregation.base import GramianWeightedAggregator, GramianWeighting
 from nngeo.descent.aggregation.options import Option, number
 from nngeo.descent.aggregation.stateful import Memory
+from nngeo.linalg.arguments import shown
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.dualcone import symmetric
 from nngeo.linalg.gramian import rounding
 
 
 def _fractions(name: str, value: Any) -> Any:
+    real = isinstance(value, Real) or (isinstance(value, Tensor) and not value.is_complex())
+    if not real or isinstance(value, bool):
+        raise TypeError(f"{name} should be a number or a tensor (m - 1,), found {shown(value)}.")
     entries = torch.as_tensor(value)
     if entries.dim() > 1:
         raise ValueError(f"{name} should be a number or a tensor (m - 1,), found the shape {tuple(entries.shape)}.")

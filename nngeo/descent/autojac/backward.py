@@ -10,6 +10,7 @@ from nngeo.descent.autojac import arguments
 from nngeo.descent.autojac.fields import accumulate_jacs
 from nngeo.descent.autojac.graph import leaves
 from nngeo.descent.autojac.rows import Rows, jacobians
+from nngeo.linalg.arguments import flag
 
 
 def backward(
@@ -41,6 +42,7 @@ def backward(
             [2., 1.]])
     """
     chunk = arguments.chunk_size(parallel_chunk_size)
+    flag("retain_graph", retain_graph)
     of = arguments.differentiated("tensors", tensors)
     rows = Rows(of, arguments.cotangents("jac_tensors", jac_tensors, "tensors", of))
     by = leaves(of) if inputs is None else arguments.receivers("inputs", inputs)

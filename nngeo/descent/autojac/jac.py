@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nngeo.descent.autojac import arguments
 from nngeo.descent.autojac.rows import Rows, jacobians
+from nngeo.linalg.arguments import flag
 
 
 def jac(
@@ -39,6 +40,8 @@ def jac(
             [8., 4.]]),)
     """
     chunk = arguments.chunk_size(parallel_chunk_size)
+    flag("retain_graph", retain_graph)
+    flag("create_graph", create_graph)
     tensors = arguments.differentiated("outputs", outputs)
     rows = Rows(tensors, arguments.cotangents("jac_outputs", jac_outputs, "outputs", tensors))
     by = arguments.wanted("inputs", inputs)

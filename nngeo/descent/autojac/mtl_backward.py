@@ -9,6 +9,7 @@ from torch import Tensor
 from nngeo.descent.autojac import arguments
 from nngeo.descent.autojac.fields import accumulate_grads, accumulate_jacs
 from nngeo.descent.autojac.multitask import multitask
+from nngeo.linalg.arguments import flag
 
 
 def mtl_backward(
@@ -47,6 +48,7 @@ def mtl_backward(
     (tensor(10.), tensor(10.), tensor([15., -5.]))
     """
     chunk = arguments.chunk_size(parallel_chunk_size)
+    flag("retain_graph", retain_graph)
     tasks = multitask(tensors, features, grad_tensors, tasks_params, shared_params)
     own, gradients, jacobian = tasks.differentiated(retain_graph, chunk)
     accumulate_jacs("shared_params", tasks.shared, jacobian)

@@ -11,6 +11,7 @@ from torch import Tensor
 from nngeo.descent.aggregation.options import number
 from nngeo.descent.aggregation.stateful import Memory
 from nngeo.descent.scalarization.base import Scalarizer, losses_like, matching
+from nngeo.linalg.arguments import sizes
 
 EPS = 1e-8  # added to losses whose logarithm is taken
 
@@ -46,7 +47,7 @@ class FAMO(Memory, Scalarizer):
         weight_decay: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = sizes("shape", shape)
         self.min_losses = min_losses
         self.lr = lr
         self.weight_decay = weight_decay

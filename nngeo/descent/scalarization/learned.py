@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nngeo.descent.aggregation.stateful import Stateful
 from nngeo.descent.scalarization.base import Scalarizer, matching
+from nngeo.linalg.arguments import sizes
 
 
 class UW(Scalarizer, Stateful):
@@ -28,7 +29,7 @@ class UW(Scalarizer, Stateful):
 
     def __init__(self, shape: int | Sequence[int]) -> None:
         super().__init__()
-        self.log_var = nn.Parameter(torch.zeros(shape))
+        self.log_var = nn.Parameter(torch.zeros(sizes("shape", shape)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,7 +60,7 @@ class IMTLL(Scalarizer, Stateful):
 
     def __init__(self, shape: int | Sequence[int]) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.log_scale = nn.Parameter(torch.zeros(sizes("shape", shape)))
 
     @property
     def shape(self) -> tuple[int, ...]:
