@@ -47,7 +47,7 @@ class EigenbasisPMat(FactoredPMat):
 
     def _estimate(self, examples: Any) -> tuple[dict[str, Block], int]:
         exact = self._exact and self._has_scalings()
-        if exact and isinstance(Examples(examples).source, Iterator):
+        if exact and isinstance(examples.source if isinstance(examples, Examples) else examples, Iterator):
             self._refuse("is an iterator")
         self.updated = False
         self.data, n = super()._estimate(examples)
