@@ -16,16 +16,16 @@ from nngeo.layers.rule import LinearMapRule, rule_for
 
 
 class Captured(Generator):
-    """Stands for the generator of a matrix that is made of one training pass; its examples are a BatchRecord."""
+    """The generator of a matrix that is made of one training pass: it has its record, whatever the examples."""
 
-    def __init__(self, model: nn.Module):
-        self.model, self.function = model, None
+    def __init__(self, model: nn.Module, record: BatchRecord):
+        self.model, self.function, self.record = model, None, record
 
     def records(self, examples: Any, layer_collection: LayerCollection, factors: bool = True) -> Iterator[BatchRecord]:
-        return iter([examples])
+        return iter([self.record])
 
     def dense(self, examples: Any, layer_collection: LayerCollection) -> tuple[Tensor, int]:
-        rows = layer_collection.join({name: record.jacobian()[0] for name, record in examples.layers.items()})
+        rows = layer_collection.join({name: record.jacobian()[0] for name, record in self.record.layers.items()})
         return rows.mT @ rows / len(rows), len(rows)
 
     def mv(self, v: Tensor, examples: Any, layer_collection: LayerCollection) -> NoReturn:

@@ -141,7 +141,7 @@ class NaturalGradient(torch.optim.Optimizer):
         with self._capture.watching():
             yield
         record = self._capture.record(scale, before)
-        self._join(self.representation(self.layers, Captured(self.model), examples=record))
+        self._join(self.representation(self.layers, Captured(self.model, record), examples=[]))
 
     def _due(self) -> bool:
         self.calls += 1
