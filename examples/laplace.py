@@ -1,7 +1,7 @@
 """How sure a regression network is of its outputs: the Laplace approximation (MacKay, 1992; Daxberger et al., 2021).
 
-From the upper half of a digit it tells how dark the lower left and right are. The evidence chooses noise and prior, by
-gradients through the `logdet()` of the precision `H = n / noise F + prior`; `J H^-1 J'` is the outputs' covariance.
+From the upper half of a digit it predicts the mean intensity of both lower quarters. The evidence chooses noise and
+prior, by gradients through `logdet()` of the precision `H = n / noise F + prior`; `J H^-1 J'` is the covariance.
 
     python examples/laplace.py [--out laplace.png]
 """

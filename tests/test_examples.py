@@ -31,23 +31,48 @@ def script(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["ewc", "natural_gradient", "ntk", "laplace", "multi_task", "latent_geometry"])
+@pytest.mark.parametrize("name", ["ntk", "laplace", "multi_task", "latent_geometry"])
 def test_a_script_has_less_than_a_hundred_lines(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100
 
 
+@pytest.mark.parametrize("name", ["ewc", "influence", "merging", "natural_gradient"])
+def test_a_job_takes_less_than_eighty_lines_of_seventy_eight_columns(name):
+    lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
+    assert len(lines) < 80
+    assert max(map(len, lines)) <= 78
+
+
 def test_ewc_forgets_less_with_kfac_than_with_a_diagonal_than_without(picture):
     accuracy = script("ewc").main(out=picture)  # the mean of three seeds
-    assert accuracy["PMatKFAC"] >= 0.74
+    assert accuracy["PMatKFAC"] >= 0.82
     assert accuracy["PMatKFAC"] >= accuracy["PMatDiag"] + 0.15
-    assert accuracy["PMatDiag"] >= accuracy["no penalty"] + 0.05
+    assert accuracy["PMatDiag"] >= accuracy["no penalty"] + 0.15
 
 
 def test_natural_gradient_needs_a_few_steps_where_adam_needs_hundreds(picture):
     steps = script("natural_gradient").main(out=picture)  # the mean of three seeds
     assert steps["Adam"] >= 250
-    assert steps["KFAC"] <= 40
-    assert steps["KFAC with momentum"] <= 30
+    assert steps["KFAC"] <= 30
+    assert steps["KFAC, exact momentum"] <= 19
+
+
+def test_influence_refined_on_the_exact_matrix_is_as_good_as_the_dense_inverse(picture):
+    score = script("influence").main(out=picture)
+    assert score["EKFAC"] >= 0.65
+    assert score["EKFAC, refined"] >= 0.77
+    assert score["EKFAC, refined"] >= score["dense"] - 0.01
+    assert score["EKFAC"] >= score["diagonal"] + 0.1
+
+
+def test_networks_merge_and_shrink_by_their_fisher_matrices(picture):
+    found = script("merging").main(out=picture)  # means of three seeds
+    assert found["merged by PMatEye"] <= 0.45  # the average of the weights
+    assert found["merged by PMatKFAC"] >= 0.82
+    assert found["70% pruned by PMatKFAC"] >= 0.95
+    assert found["70% pruned by PMatKFAC"] >= found["70% pruned by PMatDiag"] + 0.03
+    assert found["70% pruned by PMatDiag"] >= found["70% pruned by PMatEye"] + 0.05  # by magnitude
+    assert found["90% pruned by PMatKFAC"] >= 0.62
 
 
 def test_the_kernel_of_a_wide_network_recognises_digits_and_foresees_its_training(picture):

@@ -10,7 +10,7 @@ from nngeo.linalg.arguments import tensor
 
 
 def lds(scores: Tensor, masks: Tensor, losses: Tensor) -> Tensor:
-    """The linear datamodeling score, 0-d: the rank correlation of foretold and measured losses, the mean over queries.
+    """The linear datamodeling score, 0-d: the rank correlation of predicted and measured losses, the mean over queries.
 
     Foretold is minus the sum of the scores of the examples that were trained on: a positive score says that the example
     lowers the query's loss.
@@ -21,7 +21,7 @@ def lds(scores: Tensor, masks: Tensor, losses: Tensor) -> Tensor:
         losses: (s, q), of the queries, measured after this training (the mean over several trainings, best).
 
     Raises:
-        ValueError: shapes that do not fit; fewer than two subsets; a query with the same loss, measured or foretold,
+        ValueError: shapes that do not fit; fewer than two subsets; a query with the same loss, measured or predicted,
             in all subsets.
 
     >>> scores, masks = torch.tensor([[2.0, 1.0]]), torch.tensor([[True, False], [False, True]])
@@ -36,10 +36,10 @@ def lds(scores: Tensor, masks: Tensor, losses: Tensor) -> Tensor:
             f"`scores` (q, n), `masks` (s, n) and `losses` (s, q), s at least 2, do not fit: found "
             f"{tuple(scores.shape)}, {tuple(masks.shape)} and {tuple(losses.shape)}."
         )
-    foretold = -(masks.to(scores) @ scores.mT)
-    ranks = [torch.from_numpy(rankdata(x.detach().cpu().numpy(), axis=0)) for x in (foretold, losses)]
+    predicted = -(masks.to(scores) @ scores.mT)
+    ranks = [torch.from_numpy(rankdata(x.detach().cpu().numpy(), axis=0)) for x in (predicted, losses)]
     centred = [x - x.mean(0) for x in ranks]
     norms = [x.norm(dim=0) for x in centred]
     if bool((norms[0] == 0).any()) or bool((norms[1] == 0).any()):
-        raise ValueError("A query has the same loss in all subsets, measured or foretold: it has no rank correlation.")
+        raise ValueError("A query has the same loss in all subsets, measured or predicted: it has no rank correlation.")
     return ((centred[0] * centred[1]).sum(0) / (norms[0] * norms[1])).mean()

@@ -28,13 +28,9 @@ SMALLEST, LARGEST = 1e-8, 1e8  # of a damping that adapts itself
 class NaturalGradient(torch.optim.Optimizer):
     """Steps along `-(F + damping)^-1 g`, with a Fisher matrix F that is a moving average over mini-batches.
 
-        opt.zero_grad(); loss.backward(); opt.update((x, y)); opt.step()
-
-    or, with the factors of the training pass itself (those of the gradients at the targets),
-
-        with opt.capture():
-            loss_fn(model(x), y).backward()
-        opt.step()
+    A step is `opt.zero_grad(); loss.backward(); opt.update((x, y)); opt.step()`; or, with the factors of the training
+    pass itself (those of the gradients at the targets), `with opt.capture(): loss.backward()`, where the forward is
+    inside, too.
 
     `param_groups[0]` are the parameters of `layer_collection`; the others, if there are any, are `param_groups[1]`, and
     take steps of gradient descent. So schedulers, clipping and GradScaler work as with any optimizer.
