@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.layers.caches import ABSENT, INTERNAL, is_container, note_filled
+from nngeo.layers.strides import any_strides
 from nngeo.layers.turn import TURN
 
 
@@ -36,6 +37,7 @@ class Snapshot:
         tensors = [x for *_, found in self._before for x in found.values() if isinstance(x, Tensor)]
         tensors += [x for m in model.modules() if isinstance(m, torch.jit.ScriptModule) for x in m.buffers(False)]
         self._copies = [(x, x.detach().clone()) for x in tensors]
+        self._model = model
         self._device = self._parameters[0][0].device.type if self._parameters else "cpu"
 
     @contextmanager
@@ -49,7 +51,12 @@ class Snapshot:
                 if grad is not None:
                     p.grad = None  # a backward pass in a forward would add to it in place
             try:
-                with torch.inference_mode(False), torch.autocast(self._device, enabled=False), _eager():
+                with (
+                    torch.inference_mode(False),
+                    torch.autocast(self._device, enabled=False),
+                    _eager(),
+                    any_strides(self._model),
+                ):
                     yield
             finally:
                 self._restore()

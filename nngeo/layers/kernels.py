@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from nngeo.layers.strides import LAID
 from nngeo.layers.turn import TURN
 
 
@@ -86,6 +87,7 @@ _PLAIN: dict[Any, Callable[..., Tensor]] = {
     torch.cdist: _cdist,
     torch.pdist: _pdist,
     F.group_norm: _group_norm,
+    **LAID,
 }
 
 
