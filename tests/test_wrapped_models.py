@@ -96,6 +96,8 @@ def test_compiled_models_have_its_derivatives(compiled):
     assert_close(SAYS["Hessian"](model).to_torch(), SAYS["Hessian"](plain).to_torch(), **EXACT)
     assert_close(for_weights(model), for_weights(plain), **EXACT)
     assert_close(jTmjp(model, X), jTmjp(plain, X), **EXACT)
+    layer_by_layer = {"wrt": "weight", "result": "diag", "method": "diag_backprop"}
+    assert_close(jTmjp(model, X, **layer_by_layer), jTmjp(plain, X, **layer_by_layer), **EXACT)
 
 
 def test_compiled_functions_are_run_as_they_were_written():
@@ -114,6 +116,11 @@ def scripted(model: nn.Module) -> nn.Module:
     return torch.jit.script(model)
 
 
+SCRIPTED: dict[str, Callable[[nn.Module], Any]] = {
+    "scripted": scripted,
+    "traced": lambda model: torch.jit.trace(model, X),
+    "frozen": lambda model: torch.jit.freeze(scripted(model.eval())),
+}
 quiet = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
@@ -127,11 +134,13 @@ def test_scripted_models_have_no_derivatives_by_weights(says, inside):
 
 
 @quiet
-@pytest.mark.parametrize("script", [scripted, lambda model: torch.jit.trace(model, X)])
+@pytest.mark.parametrize("script", SCRIPTED.values(), ids=SCRIPTED)
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_scripted_models_have_derivatives_by_inputs(script, create_graph):
     expected = jacobian(net(), X)
     assert_close(jacobian(script(net()), X, create_graph=create_graph).detach(), expected, **EXACT)
+    squares = expected.square().sum(1)  # the whole is one layer
+    assert_close(jTmjp(script(net()), X, result="diag", method="diag_backprop"), squares, **EXACT)
 
 
 @quiet

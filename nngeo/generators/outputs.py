@@ -102,7 +102,8 @@ def check_mode(model: nn.Module) -> None:
                 f"Layer {name!r} ({type(module).__name__}) has no running statistics, so it mixes the examples of a "
                 "batch: gradients of single examples are not defined. Make it with track_running_stats=True."
             )
-        if not module.training:
+        # Scripted modules have none of these types, and no flag if they are frozen.
+        if not getattr(module, "training", False):
             continue
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         recurrent = isinstance(module, nn.RNNBase) and module.dropout > 0

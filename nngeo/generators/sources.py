@@ -140,7 +140,7 @@ class Replay(nn.Module):
     def __init__(self, model: nn.Module, function: Function | None):
         super().__init__()
         self.model, self.function = model, function
-        self.training = model.training
+        self.training = getattr(model, "training", False)
 
     def forward(self, content: Any) -> Tensor:
         return outputs_of(Batch(content), self.model, self.function)

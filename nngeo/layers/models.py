@@ -73,6 +73,12 @@ def check_usable(model: nn.Module) -> None:
             )
 
 
+def as_written(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wraps, or the module itself."""
+    found: Any = module
+    return found._orig_mod if isinstance(module, _known("torch._dynamo.eval_frame", "OptimizedModule")) else module
+
+
 def _processes(module: nn.Module) -> int:
     """Over how many processes or devices a wrapper spreads a batch; 1 for any other module."""
     if isinstance(module, nn.parallel.DataParallel):

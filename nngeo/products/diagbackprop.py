@@ -11,6 +11,7 @@ from nngeo.generators.batches import Function
 from nngeo.generators.differentiable import quiet
 from nngeo.generators.outputs import check_outputs
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.models import as_written
 from nngeo.products import diaglinear  # noqa: F401 (registers its rules)
 from nngeo.products.contexts import frozen
 from nngeo.products.diagrules import Collected, DiagRule, Passage, diag_rule_for
@@ -112,8 +113,9 @@ def passage(evaluation: Evaluation, budget: int) -> Passage:
     whole = OneLayer(budget)
 
     def visit(module: nn.Module, x: Tensor) -> Passage:
-        rule: DiagRule = diag_rule_for(module) or whole
-        return rule.forward(module, x, visit)
+        written = as_written(module)
+        rule: DiagRule = diag_rule_for(written) or whole
+        return rule.forward(written, x, visit)
 
     (x,) = evaluation.arguments().values()
     return visit(evaluation.model, x.clone())  # which a container may change in place

@@ -94,7 +94,7 @@ def register_diag_rule(*module_types: type[nn.Module]) -> Callable[[type[DiagRul
 
 def diag_rule_for(module: nn.Module) -> DiagRule | None:
     """The rule of the module's type, or of a parent type whose `forward` it keeps; None without one, or with hooks."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if isinstance(module, torch.jit.ScriptModule) or module._forward_hooks or module._forward_pre_hooks:
         return None
     for kind in type(module).__mro__:
         rule = _RULES.get(kind)
