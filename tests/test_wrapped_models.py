@@ -16,8 +16,10 @@ from torch.testing import assert_close
 
 import nngeo
 from nngeo import FIM, GGN, NTK, Hessian, Jacobian, LayerCollection, PVector
-from nngeo.descent import Engine
+from nngeo.descent import Engine, backward
+from nngeo.descent.aggregation import UPGrad
 from nngeo.products import jacobian, jTmjp
+from nngeo.uses import Laplace
 from tests import reference
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
@@ -47,10 +49,13 @@ SAYS: dict[str, Callable[[nn.Module], Any]] = {
     "products": lambda model: jacobian(model, X, "weight"),
     "graphs": lambda model: jacobian(model, X, "weight", create_graph=True),
     "engine": lambda model: Engine(model, batch_dim=0),
+    "posterior": lambda model: Laplace.fit(model, (X, Y), nngeo.PMatDiag, likelihood="regression"),
 }
 STRUCTURE: dict[str, Callable[[nn.Module], Any]] = {
     "layers": LayerCollection.from_model,
     "vectors": PVector.from_model,
+    "vectors of known layers": lambda model: PVector.from_model(model, LayerCollection.from_model(net())),
+    "vectors into a model": lambda model: PVector.from_model(net()).to_model(model),
 }
 each_way = pytest.mark.parametrize("says", SAYS.values(), ids=SAYS)
 everywhere = pytest.mark.parametrize("says", (SAYS | STRUCTURE).values(), ids=SAYS | STRUCTURE)
@@ -229,6 +234,17 @@ def test_shards_are_not_taken_for_the_whole(two_processes, shard, match, says):
     model = shard(net(), two_processes)
     with pytest.raises(NotImplementedError, match=match):
         says(model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed")
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_jacobian_descent_takes_no_shards(two_processes, original, given):
+    model = sharded_1(net().float(), two_processes, original)
+    losses = model(X.float()).square().sum(1)
+    with pytest.raises(NotImplementedError, match="sharded by FSDP, of which this process holds a part only"):
+        backward(losses, list(model.parameters()) if given else None, UPGrad())
 
 
 # ------------------------------------------------------------------------------------------ not there yet

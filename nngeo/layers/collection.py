@@ -207,6 +207,7 @@ class LayerCollection:
     def get_layerid_module_map(self, model: nn.Module) -> dict[str, nn.Module]:
         """{layer name: module}, with a check that the model has these layers in these shapes."""
         instance("model", model, nn.Module)
+        check_structure(model)
         modules: dict[str, nn.Module] = {}
         for name, layer in self.layers.items():
             module = _submodule(model, name)

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 
@@ -77,6 +77,17 @@ def as_written(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` wraps, or the module itself."""
     found: Any = module
     return found._orig_mod if isinstance(module, _known("torch._dynamo.eval_frame", "OptimizedModule")) else module
+
+
+def check_no_shard(name: str, tensor: Tensor) -> None:
+    """Raise for a parameter of which this process holds a part only."""
+    flat = getattr(tensor, "_fsdp_flattened", False)
+    if flat or isinstance(tensor, _known("torch.distributed.tensor", "DTensor")):
+        kind = "a parameter sharded by FSDP" if flat else "a DTensor"
+        raise NotImplementedError(
+            f"{name} is {kind}, of which this process holds a part only, and nngeo would take it for all. Give whole "
+            "parameters, of the model before it was sharded."
+        )
 
 
 def _processes(module: nn.Module) -> int:

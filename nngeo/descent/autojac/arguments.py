@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor, nn
 
 from nngeo.descent.aggregation.base import Weighting
+from nngeo.layers.models import check_no_shard
 
 # What turns a Jacobian (m, n) into a vector (n,): an Aggregator, or any function.
 Aggregation = Callable[[Tensor], Tensor]
@@ -51,6 +52,7 @@ def wanted(name: str, given: Iterable[Tensor] | Tensor) -> list[Tensor]:
     used_up = "was it a generator, such as model.parameters(), that was used up before?"
     tensors = tensor_list(name, given, empty=used_up if isinstance(given, Iterator) else None)
     for i, tensor in enumerate(tensors):
+        check_no_shard(f"{name}[{i}]", tensor)
         if not tensor.requires_grad:
             raise ValueError(
                 f"{name}[{i}], of shape {tuple(tensor.shape)}, does not require grad. "

@@ -9,6 +9,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from nngeo.layers.models import check_no_shard
+
 # An output of a node; the outputs of `x.chunk(2)` are two edges of one node.
 Edge = tuple[Node, int]
 
@@ -45,7 +47,10 @@ def below(start: Edge) -> list[Edge]:
 def leaves(tensors: Iterable[Tensor], beyond: Iterable[Tensor] = ()) -> list[Tensor]:
     """Where the graph ends, parameters for instance, if it is reached other than through the tensors of `beyond`."""
     found = edges([edge(t) for t in tensors], {edge(t) for t in beyond})
-    return [cast(Any, node).variable for node, _ in found if node.name() == "torch::autograd::AccumulateGrad"]
+    ends = [cast(Any, node).variable for node, _ in found if node.name() == "torch::autograd::AccumulateGrad"]
+    for end in ends:
+        check_no_shard(f"A parameter of shape {tuple(end.shape)}", end)
+    return ends
 
 
 def kinds(tensors: Iterable[Tensor]) -> frozenset[str]:
