@@ -16,12 +16,14 @@ from nngeo import (
     PMatDense,
     PMatDiag,
     PMatEKFAC,
+    PMatImplicit,
     PMatKFAC,
     PMatLowRank,
     PMatQuasiDiag,
     PVector,
 )
 from nngeo.linalg.length import length
+from nngeo.uses import cka
 
 ALL = [PMatDense, PMatBlockDiag, PMatKFAC, PMatEKFAC, PMatLowRank, PMatDiag, PMatQuasiDiag]
 
@@ -51,6 +53,63 @@ def test_norms_of_matrices_scale(pmat, size, ord):
     model, x = net()
     F = FIM(model, (x,), pmat)
     assert_close((size * F).norm(ord) / size, F.norm(ord))
+
+
+@pytest.mark.parametrize("ord", ["fro", 2])
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+@pytest.mark.parametrize("linearized", [False, True], ids=["implicit", "linearized"])
+def test_norms_of_implicit_matrices_scale(linearized, size, ord):
+    model, x = net()
+    F = FIM(model, (x,), PMatImplicit)
+    F = F.linearize() if linearized else F
+    assert_close((size * F).norm(ord) / size, F.norm(ord))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        lambda F, g: F.estimate_trace(method="hutchinson", generator=g),
+        lambda F, g: F.estimate_trace(method="hutch++", generator=g),
+        lambda F, g: F.estimate_trace(method="xtrace", generator=g),
+        lambda F, g: F.estimate_diag(method="hutchinson", generator=g),
+        lambda F, g: F.estimate_diag(method="xdiag", generator=g),
+        lambda F, g: F.trace_of(lambda values: values, generator=g),
+    ],
+    ids=["hutchinson", "hutch++", "xtrace", "diagonal", "xdiag", "quadrature"],
+)
+def test_estimates_and_their_errors_scale(estimate, size):
+    model, x = net()
+    F = FIM(model, (x,), PMatImplicit)
+    small, usual = (estimate(M, torch.Generator().manual_seed(0)) for M in (size * F, F))
+    assert_close(small.value / size, usual.value, rtol=1e-3, atol=1e-5)
+    assert_close(small.error / size, usual.error, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+@pytest.mark.parametrize("method", ["lanczos", "lobpcg"])
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_eigenpairs_scale(size, method, which):
+    model, x = net()
+    F = FIM(model, (x,), PMatImplicit) + 0.1
+    found, usual = (
+        M.top_eigenpairs(3, method=method, which=which, generator=torch.Generator().manual_seed(0))
+        for M in (size * F, F)
+    )
+    assert_close(found.values / size, usual.values, rtol=1e-3, atol=1e-4)
+
+
+def test_the_default_damping_of_an_implicit_matrix_is_finite_at_any_scale():
+    model, x = net()
+    F = 1e20 * FIM(model, (x,), PMatImplicit)
+    assert F.solve(torch.ones(67), max_iter=1, rtol=1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_alignments_of_kernels_scale(size):
+    K1, K2 = torch.randn(2, 6, 4)
+    K1, K2 = K1 @ K1.mT, K2 @ K2.mT
+    assert_close(cka(size * K1, size * K2), cka(K1, K2))
 
 
 @pytest.mark.parametrize("ord", ["fro", 2])

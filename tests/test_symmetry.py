@@ -11,6 +11,7 @@ from nngeo.linalg.matrixview import MatrixView
 from nngeo.representations.kroneckerblock import KroneckerBlock
 from nngeo.representations.rows import RowsBlock
 from nngeo.representations.sumblock import SumBlock
+from nngeo.uses import kernel_predict
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -65,3 +66,9 @@ def test_rounding_is_no_asymmetry(dtype):
     x = torch.randn(1000, 12, dtype=dtype)
     data = torch.einsum("ni,nj->ij", x, x) + torch.finfo(dtype).eps * torch.randn(12, 12, dtype=dtype)
     PMatDense(LayerCollection.from_model(nn.Linear(3, 3)), data=data)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_asymmetric_kernels_foretell_nothing(ridge):
+    with pytest.raises(ValueError, match="`K` should be symmetric"):
+        kernel_predict(_lopsided(3, torch.float32), torch.ones(3, 1), torch.ones(2, 3), ridge=ridge)

@@ -8,6 +8,7 @@ import torch
 
 from nngeo.linalg.arguments import choice
 from nngeo.linalg.leaveoneout import LeaveOneOut
+from nngeo.linalg.length import length
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, rademacher
 from nngeo.linalg.precision import full_precision
 
@@ -35,16 +36,17 @@ def hutchinson_diagonal(matrix: Operator, samples: int = 30, *, generator: torch
     """
     check_samples(samples, 2, "Hutchinson's estimate")
     p = int(matrix.size(0))
-    mean, squares = torch.zeros(2, p, dtype=matrix.dtype, device=matrix.device)
+    mean = torch.zeros(p, dtype=matrix.dtype, device=matrix.device)
+    squares = torch.zeros_like(mean, dtype=torch.float64)
     n = 0
     for m in groups(samples, p):
         v = rademacher(m, matrix, generator)
         draws = v * matrix.mv(v)
         # Sums of squared deviations of two groups, about their common mean (Chan, Golub & LeVeque, 1979).
         gap, n = draws.mean(0) - mean, n + m
-        squares = squares + (draws - draws.mean(0)).square().sum(0) + gap.square() * (m * (n - m) / n)
+        squares += length(draws - draws.mean(0), 0).double().square() + gap.double().square() * (m * (n - m) / n)
         mean = mean + gap * (m / n)
-    return Estimated(mean, (squares / (samples - 1) / samples).sqrt())
+    return Estimated(mean, (squares / (samples - 1) / samples).sqrt().to(mean))
 
 
 @full_precision

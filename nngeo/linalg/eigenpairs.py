@@ -13,6 +13,7 @@ from torch import Tensor
 from nngeo.linalg.arguments import choice, count, number, shown
 from nngeo.linalg.cg import ConvergenceWarning
 from nngeo.linalg.krylov import Goal, Ritz, krylov_schur
+from nngeo.linalg.length import length
 from nngeo.linalg.operator import Operator, Products, normal, scipy_operator
 from nngeo.linalg.precision import full_precision
 
@@ -134,7 +135,7 @@ def _lobpcg(
 ) -> tuple[Tensor, Tensor]:
     """Values (k,) and vectors (k, P)."""
     start = normal(k, matrix, generator)
-    scale = float(matrix.mv(start).norm(dim=-1).max() / start.norm(dim=-1).min())
+    scale = float(length(matrix.mv(start), -1).max() / start.norm(dim=-1).min())
     inverse: LinearOperator | None = None
     if preconditioner is not None:
         inverse = scipy_operator(Products(preconditioner, matrix.size(0), matrix.dtype, matrix.device))
@@ -149,7 +150,7 @@ def _lobpcg(
             largest=which == "largest",
         )
     found, vectors = (torch.as_tensor(x.copy()).to(start) for x in (values, columns.T))
-    residual = float((matrix.mv(vectors) - found[:, None] * vectors).norm(dim=-1).max())
+    residual = float(length(matrix.mv(vectors) - found[:, None] * vectors, -1).max())
     _check(residual, 10 * rtol * max(scale, float(found.abs().max())), limit, "LOBPCG")
     return found, vectors
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.lanczos import negligible, orthogonal
+from nngeo.linalg.length import length
 from nngeo.linalg.operator import Operator
 
 
@@ -59,19 +60,19 @@ def krylov_schur(
 
     def fresh(j: int) -> Tensor:
         v = orthogonal(draw()[None], everything[None, : len(locked) + j])[0]
-        return v / v.norm()
+        return v / length(v)
 
     j, products, v = 0, 0, fresh(0)
     while True:
         basis[j] = v
         w = matrix.mv(v[None])[0]
         products += 1
-        length = w.norm()
+        before = length(w)
         t[: j + 1, j] = t[j, : j + 1] = (basis[: j + 1] @ w).double()
         j += 1
         w = orthogonal(w[None], everything[None, : len(locked) + j])[0]
-        beta = w.norm()
-        exhausted = bool(beta <= negligible(length)) or j == room
+        beta = length(w)
+        exhausted = bool(beta <= negligible(before)) or j == room
         values, s = eigh(t[:j, :j], "projected matrix")
         lead = goal.order(values).argsort(descending=True)
         scale = float(values.abs().max())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nngeo.linalg.length import length
 from nngeo.linalg.operator import Operator
 from nngeo.linalg.precision import full_precision
 
@@ -41,14 +42,14 @@ def tridiagonal(matrix: Operator, starts: Tensor, steps: int) -> Tridiagonal:
         basis[:, j] = v
         w = matrix.mv(v)
         alpha[:, j] = (w * v).sum(-1)
-        scale = torch.maximum(scale, w.norm(dim=-1))
+        scale = torch.maximum(scale, length(w, -1))
         if j + 1 == steps:
             break
         w = orthogonal(w, basis[:, : j + 1])
-        length = w.norm(dim=-1)
-        alive = length > negligible(scale)
-        beta[:, j] = torch.where(alive, length, 0)
-        v = torch.where(alive, 1 / length.masked_fill(~alive, 1), 0)[:, None] * w
+        left = length(w, -1)
+        alive = left > negligible(scale)
+        beta[:, j] = torch.where(alive, left, 0)
+        v = torch.where(alive[:, None], w / left.masked_fill(~alive, 1)[:, None], 0)
         if not alive.any():
             break
     # A decoupled part should have eigenvalues inside of the spectrum, for functions that are defined only there.

@@ -112,10 +112,8 @@ class LowRankPlusDiagonal:
     def function(self, f: Callable[[Tensor], Tensor]) -> LowRankPlusDiagonal:
         """The matrix with f applied to its eigenvalues."""
         values, vectors = self.eigen()
-        full = len(values) == vectors.shape[1]
-        outside = values.new_zeros(0) if full else self.diagonal.reshape(1)
-        new = f(torch.cat([values + self.diagonal, outside]))
-        rest = new.new_zeros(()) if full else new[-1]
+        new = f(self.eigenvalues())
+        rest = new.new_zeros(()) if len(values) == len(new) else new[-1]
         weights = new[: len(values)] - rest
         return LowRankPlusDiagonal(vectors, weights, rest, lambda: (weights, vectors))
 

@@ -12,6 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from nngeo.linalg.arguments import count, random_source
+from nngeo.linalg.length import length
 
 # Elements of the vectors that a method holds at a time where it can choose: 2**26 are 256 MiB in float32.
 BUDGET = 2**26
@@ -63,7 +64,8 @@ class Estimated(NamedTuple):
     @classmethod
     def mean(cls, draws: Tensor) -> Estimated:
         """Of draws (samples, ...), independent and identically distributed."""
-        return cls(draws.mean(0), draws.std(0) / len(draws) ** 0.5)
+        mean, n = draws.mean(0), len(draws)
+        return cls(mean, length(draws - mean, 0) / (n * (n - 1)) ** 0.5)
 
 
 def rademacher(m: int, matrix: Operator, generator: torch.Generator | None) -> Tensor:

@@ -103,8 +103,8 @@ class MatrixFree(PMat):
             v = torch.randn(self.layer_collection.numel(), generator=torch.Generator().manual_seed(0))
             v = v.to(self.device, self.dtype)
             for _ in range(4):
-                v = self.mv(v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).detach()
-            return float(v.norm())
+                v = self.mv(v / length(v).clamp(min=torch.finfo(v.dtype).tiny)).detach()
+            return float(length(v))
 
         return 10 * eps * self.__dict__.setdefault("_cache", Cache()).get("largest", None, largest)
 

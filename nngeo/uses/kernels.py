@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.arguments import flag, number, shown, tensor
-from nngeo.linalg.decompose import eigh
+from nngeo.linalg.length import length
+from nngeo.linalg.symmetric import SymmetricMatrix, require_symmetric
 from nngeo.representations import FMatDense
 from nngeo.vectors import FVector
 
@@ -130,7 +131,7 @@ def _cosine(K1: Tensor, K2: Tensor, centred: bool) -> Tensor:
         raise ValueError(f"Kernels should be of the same examples; found {tuple(K1.shape)} and {tuple(K2.shape)}.")
     if centred:
         K1, K2 = (K - K.mean(0, keepdim=True) - K.mean(1, keepdim=True) + K.mean() for K in (K1, K2))
-    return (K1 * K2).sum() / (K1.norm() * K2.norm())
+    return (K1 / length(K1) * (K2 / length(K2))).sum()
 
 
 def _shapes(K: Kernel, K_cross: Kernel, n: int, k: int) -> tuple[int, int]:
@@ -149,14 +150,19 @@ def _shapes(K: Kernel, K_cross: Kernel, n: int, k: int) -> tuple[int, int]:
 def _eigen(K: Kernel) -> tuple[Tensor, Tensor]:
     if isinstance(K, FMatDense):
         return K.get_eigendecomposition()
-    return eigh(K, "kernel")
+    return _symmetric(K).eigh()
+
+
+def _symmetric(K: Tensor) -> SymmetricMatrix:
+    require_symmetric(K, "`K`")
+    return SymmetricMatrix(K)
 
 
 def _solve(K: Kernel, missing: Tensor, ridge: float) -> Tensor:
     """(n, k)."""
     if isinstance(K, FMatDense):
         return K.solve(FVector(missing.mT.contiguous()), regul=ridge).to_torch().mT
-    return torch.linalg.solve(K + ridge * torch.eye(len(K)).to(K), missing)
+    return _symmetric(K).solve(missing.mT, ridge).mT
 
 
 def _gains(values: Tensor, ridge: float, time: float | None) -> Tensor:
