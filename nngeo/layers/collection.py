@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.utils import parametrize
 
 from nngeo.layers.fingerprint import fingerprint
-from nngeo.layers.models import check_structure
+from nngeo.layers.models import check_structure, is_whole
 from nngeo.layers.turn import TURN
 from nngeo.linalg.arguments import flag, instance, shown, tensor
 
@@ -207,13 +208,13 @@ class LayerCollection:
     def get_layerid_module_map(self, model: nn.Module) -> dict[str, nn.Module]:
         """{layer name: module}, with a check that the model has these layers in these shapes."""
         instance("model", model, nn.Module)
-        check_structure(model)
         modules: dict[str, nn.Module] = {}
         for name, layer in self.layers.items():
             module = _submodule(model, name)
             for local, shape in layer.shapes.items():
                 own = _parameter(module, local)
-                if own is None or own.shape != shape:
+                if own is None or not is_whole(own) or own.shape != shape:
+                    check_structure(model)
                     found = "none" if own is None else f"shape {tuple(own.shape)}"
                     raise ValueError(
                         f"This LayerCollection is of another model: parameter {layer.full_name(local)!r} should have "
@@ -336,11 +337,11 @@ def _listed(owners: list[tuple[nn.Module, Layer]]) -> str:
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     found: nn.Module | None = model
     for part in name.split(".") if name else ():
-        found = found._modules.get(part) if found is not None else None
+        found = found._modules.get(part) if found is not None and not isinstance(found, ScriptModule) else None
     return found
 
 
 def _parameter(module: nn.Module | None, name: str) -> nn.Parameter | None:
     path, _, local = name.rpartition(".")
     owner = _submodule(module, path) if module is not None else None
-    return owner._parameters.get(local) if owner is not None else None
+    return owner._parameters.get(local) if owner is not None and not isinstance(owner, ScriptModule) else None

@@ -79,11 +79,16 @@ def as_written(module: nn.Module) -> nn.Module:
     return found._orig_mod if isinstance(module, _known("torch._dynamo.eval_frame", "OptimizedModule")) else module
 
 
+def is_whole(p: Tensor) -> bool:
+    """Whether a parameter is there, and not a part of it only."""
+    shard = isinstance(p, _known("torch.distributed.tensor", "DTensor")) or getattr(p, "_fsdp_flattened", False)
+    return not shard and not is_lazy(p)
+
+
 def check_no_shard(name: str, tensor: Tensor) -> None:
     """Raise for a parameter of which this process holds a part only."""
-    flat = getattr(tensor, "_fsdp_flattened", False)
-    if flat or isinstance(tensor, _known("torch.distributed.tensor", "DTensor")):
-        kind = "a parameter sharded by FSDP" if flat else "a DTensor"
+    if not is_whole(tensor):
+        kind = "a DTensor" if type(tensor).__name__ == "DTensor" else "a parameter sharded by FSDP"
         raise NotImplementedError(
             f"{name} is {kind}, of which this process holds a part only, and nngeo would take it for all. Give whole "
             "parameters, of the model before it was sharded."
