@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import nngeo
+import nngeo.descent.scalarization
+import nngeo.nn
+import nngeo.uses
 from nngeo import FIM, NTK, FVector, Jacobian, PVector
+from nngeo.descent.linalg import DualConeProjector
+from nngeo.linalg.precision import full_precision
+from nngeo.products import Metric
 from nngeo.representations import PMatLowRankPlusDiag
 
 torch.manual_seed(0)
@@ -96,3 +104,47 @@ def test_autocast_is_on_again_after_an_error():
         with pytest.raises(ValueError, match="Expected a tensor"):
             F.mv(torch.ones(3))
         assert (X @ X.T).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------ every operation
+
+MODULES = [nngeo, nngeo.descent, nngeo.descent.aggregation, nngeo.descent.autojac, nngeo.descent.linalg]
+MODULES += [nngeo.descent.scalarization, nngeo.products, nngeo.uses, nngeo.nn]
+GUARD = full_precision(lambda: None).__code__
+# Neither these nor their methods compute anything by themselves: what they return, or their caller, is guarded.
+FREE = {"convert_to_nnj", "register_diag_rule", "register_rule", "register_variant", "random_fvector", "random_pvector"}
+FREE |= {"random_pvector_dict", "random_pfmap", "DiagRule", "LayerCollection", "Stateful", "Matrix", "PSDMatrix"}
+# Of likelihoods, what belongs to a forward pass of the user's.
+FREE_METHODS = {"forward", "log_density", "metric", "residual", "get_weight", "set_weight", "remove"}
+
+
+def operations(public: Any) -> list[Callable]:
+    """A function, or the methods of a class that users call: of modules and metrics only the call."""
+    if not isinstance(public, type):
+        return [public]
+    names = [name for name in dir(public) if not name.startswith("_")]
+    if issubclass(public, nn.Module | Metric | DualConeProjector):
+        names = []
+    members = [inspect.getattr_static(public, name) for name in [*names, "__call__"] if hasattr(public, name)]
+    found = [m.__func__ if isinstance(m, classmethod | staticmethod) else m for m in members]
+    own = [m for m in found if inspect.isfunction(m) and str(m.__module__).startswith("nngeo")]
+    return [m for m in own if m.__name__ not in FREE_METHODS]
+
+
+PUBLIC = {
+    f"{function.__module__}.{function.__qualname__}": function
+    for module in MODULES
+    for name in sorted(set(module.__all__) - FREE - set(nngeo.nn.classes.__all__))
+    if callable(getattr(module, name))
+    for function in operations(getattr(module, name))
+}
+
+
+def test_public_operations_are_found():
+    assert len(PUBLIC) > 150
+
+
+@pytest.mark.parametrize("operation", PUBLIC.values(), ids=PUBLIC)
+def test_every_public_operation_switches_autocast_off(operation):
+    guarded = inspect.unwrap(operation, stop=lambda f: getattr(f, "__code__", None) is GUARD)
+    assert guarded.__code__ is GUARD

@@ -14,12 +14,14 @@ from nngeo.generators import JacobianGenerator
 from nngeo.generators.batches import Function, Target
 from nngeo.layers import LayerCollection
 from nngeo.linalg.arguments import count, flag
+from nngeo.linalg.precision import full_precision
 from nngeo.representations import PMat
 from nngeo.variants import Empirical, Estimator, Exact, MonteCarlo, OutputHessian, TokenLogits, Variant, make_variant
 
 Matrix = TypeVar("Matrix", bound=PMat)
 
 
+@full_precision
 def FIM(
     model: nn.Module,
     loader: Any,
@@ -95,6 +97,7 @@ def FIM(
     )  # fmt: skip
 
 
+@full_precision
 def FIM_MonteCarlo(
     model: nn.Module,
     loader: Any,
@@ -133,6 +136,7 @@ def FIM_MonteCarlo(
     )  # fmt: skip
 
 
+@full_precision
 def GGN(
     model: nn.Module,
     loader: Any,

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from nngeo.factories.arguments import Device, checked, layers_for
 from nngeo.generators import HessianGenerator
 from nngeo.layers import LayerCollection
+from nngeo.linalg.precision import full_precision
 from nngeo.representations import PMat
 
 Matrix = TypeVar("Matrix", bound=PMat)
 
 
+@full_precision
 def Hessian(
     model: nn.Module,
     loader: Any,

@@ -10,10 +10,12 @@ from nngeo.factories.arguments import Device, checked, layers_for
 from nngeo.generators import JacobianGenerator
 from nngeo.generators.batches import Function
 from nngeo.layers import LayerCollection
+from nngeo.linalg.precision import full_precision
 from nngeo.representations import FMatDense, PFMapDense, PFMapImplicit
 from nngeo.variants import Exact, make_variant
 
 
+@full_precision
 def Jacobian(
     model: nn.Module,
     loader: Any,
@@ -34,6 +36,7 @@ def Jacobian(
     return checked(representation, (PFMapDense, PFMapImplicit))(layers, generator, examples=loader)
 
 
+@full_precision
 def NTK(
     model: nn.Module,
     loader: Any,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo import products
+from nngeo.linalg.precision import full_precision
 from nngeo.nn.blocks import Blocks, branches, pulled_blocks, pushed_blocks
 from nngeo.nn.flags import as_metric, is_weight, options_of, plain
 from nngeo.nn.own import HasJacobian, by_autograd, own_derivatives
@@ -71,6 +72,7 @@ class AbstractJacobian(HasJacobian):
                 p.copy_(piece.reshape(p.shape))
 
     @by_autograd
+    @full_precision
     def jacobian(self, x: Any, val: Tensor | None = None, wrt: str = "input", **options: Any) -> Tensor | None:
         """J (b, o, n)."""
         if self._nothing(wrt):
@@ -79,26 +81,31 @@ class AbstractJacobian(HasJacobian):
         with own_derivatives(_module(self), root=False):
             return products.jacobian(_module(self), x, wrt, **options)
 
+    @full_precision
     def jvp(self, x: Any, val: Tensor | None, vector: Tensor, wrt: str = "input", **options: Any) -> Tensor | None:
         """J v (b, o) for v (b, n)."""
         return self._product(products.jvp, x, vector, wrt, options)
 
+    @full_precision
     def vjp(self, x: Any, val: Tensor | None, vector: Tensor, wrt: str = "input", **options: Any) -> Tensor | None:
         """J' w (b, n) for w (b, o)."""
         return self._product(products.vjp, x, vector, wrt, options)
 
+    @full_precision
     def jmp(
         self, x: Any, val: Tensor | None, matrix: Tensor | None, wrt: str = "input", **options: Any
     ) -> Tensor | None:
         """J M (b, o, c) for the columns of M (b, n, c)."""
         return self._product(products.jmp, x, matrix, wrt, options)
 
+    @full_precision
     def mjp(
         self, x: Any, val: Tensor | None, matrix: Tensor | None, wrt: str = "input", **options: Any
     ) -> Tensor | None:
         """M J (b, c, n) for the rows of M (b, c, o)."""
         return self._product(products.mjp, x, matrix, wrt, options)
 
+    @full_precision
     def jmjTp(
         self,
         x: Any,
@@ -125,6 +132,7 @@ class AbstractJacobian(HasJacobian):
                 return pushed_blocks(model, x, matrix, wrt, from_diag, options)
             return products.jmjTp(model, x, as_metric(matrix, from_diag), wrt, **options)
 
+    @full_precision
     def jTmjp(
         self,
         x: Any,
@@ -153,6 +161,7 @@ class AbstractJacobian(HasJacobian):
                 return pulled_blocks(model, x, as_metric(matrix, from_diag), options)
             return products.jTmjp(model, x, as_metric(matrix, from_diag), wrt, **options)
 
+    @full_precision
     def jjT(
         self,
         x: Any,
@@ -165,6 +174,7 @@ class AbstractJacobian(HasJacobian):
         """J J' (b, o, o) or its diagonal (b, o)."""
         return self.jmjTp(x, val, None, wrt, False, to_diag, diag_backprop, **options)
 
+    @full_precision
     def jTj(
         self,
         x: Any,
@@ -177,6 +187,7 @@ class AbstractJacobian(HasJacobian):
         """J' J as `jTmjp` returns it."""
         return self.jTmjp(x, val, None, wrt, False, to_diag, diag_backprop, **options)
 
+    @full_precision
     def jTmjp_batch2(
         self,
         x1: Any,
@@ -228,6 +239,7 @@ class AbstractDiagonalJacobian(AbstractJacobian):
     """
 
     @by_autograd
+    @full_precision
     def jacobian(
         self, x: Any, val: Tensor | None = None, wrt: str = "input", diag: bool = False, **options: Any
     ) -> Tensor | None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.decompose import cholesky_factors
+from nngeo.linalg.precision import full_precision
 from nngeo.nn.blocks import Blocks
 
 
+@full_precision
 def invert_block_diagonal(matrix: Any, damping: float = 0.0) -> Blocks:
     """The inverse of each block plus `damping` times the identity, in lists nested as the given ones.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nngeo import products
+from nngeo.linalg.precision import full_precision
 from nngeo.nn.blocks import Blocks, branches, pulled_blocks
 from nngeo.nn.flags import is_weight
 from nngeo.nn.own import own_derivatives
@@ -53,6 +54,7 @@ class LogLikelihood(ABC):
 
     __call__ = forward
 
+    @full_precision
     def gradient(self, x: Any, model: nn.Module, target: Tensor | None = None, wrt: str = "weight") -> Tensor | None:
         """The gradient of each example's log likelihood (b, n), or their sum or mean (n,); None without weights."""
         if _nothing(model, wrt):
@@ -62,6 +64,7 @@ class LogLikelihood(ABC):
             residual = self.residual(val, self._target(target, val))
             return self._aggregated(products.vjp(model, x, residual.reshape(len(val), -1), wrt))
 
+    @full_precision
     def ggn(
         self, x: Any, model: nn.Module, target: Tensor | None = None, wrt: str = "weight"
     ) -> Tensor | list[Blocks] | None:

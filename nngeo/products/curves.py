@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.decompose import pinv
+from nngeo.linalg.precision import FullPrecision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 @dataclass(frozen=True)
-class Curve(ABC):
+class Curve(FullPrecision, ABC):
     """b curves on [0, 1]: the straight line from start to end (b, ...) plus B-splines that vanish at both ends.
 
     `c(t) = (1 - t) start + t end + sum_j B_j(t) coefficients_j`, coefficients (b, m, ...), with uniform knots (de Boor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
+from nngeo.linalg.precision import full_precision
 from nngeo.products.curves import Curve, DiscreteCurve
 from nngeo.products.metrics import Metric
 from nngeo.products.opening import differential
@@ -19,6 +20,7 @@ from nngeo.products.structured import as_metric
 METHODS = ("metric", "chords")
 
 
+@full_precision
 def curve_energy(
     model: nn.Module,
     curve: Curve | Tensor,
@@ -49,6 +51,7 @@ def curve_energy(
         return squares @ weights
 
 
+@full_precision
 def curve_length(
     model: nn.Module,
     curve: Curve | Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.precision import full_precision
 from nngeo.products.differential import finished
 from nngeo.products.evaluation import Wrt
 from nngeo.products.opening import differential
@@ -28,6 +29,7 @@ class Options(TypedDict, total=False):
     budget: int | None
 
 
+@full_precision
 def jvp(model: nn.Module, x: Any, v: Any, wrt: Wrt = "input", **options: Unpack[Options]) -> Tensor:
     """J v (b, o), for v (b, n), (n,) for all examples, shaped like the input, or a PVector.
 
@@ -39,6 +41,7 @@ def jvp(model: nn.Module, x: Any, v: Any, wrt: Wrt = "input", **options: Unpack[
         return finished(at.push(vector(v, "v", at.domain)[None])[0], at)
 
 
+@full_precision
 def vjp(model: nn.Module, x: Any, w: Any, wrt: Wrt = "input", **options: Unpack[Options]) -> Tensor:
     """J' w (b, n), for w (b, o), (o,) for all examples, or shaped like the outputs.
 
@@ -51,6 +54,7 @@ def vjp(model: nn.Module, x: Any, w: Any, wrt: Wrt = "input", **options: Unpack[
         return finished(at.pull(rows.expand(at.codomain.b, -1)[None])[0], at)
 
 
+@full_precision
 def jmp(model: nn.Module, x: Any, m: Any = None, wrt: Wrt = "input", **options: Unpack[Options]) -> Tensor:
     """J M (b, o, c), for columns m (b, n, c) or (n, c); J itself for None."""
     with differential(model, x, wrt, **options) as at:
@@ -65,6 +69,7 @@ def jmp(model: nn.Module, x: Any, m: Any = None, wrt: Wrt = "input", **options: 
         return finished((j.flatten(0, 1) @ m).unflatten(0, j.shape[:2]) if shared else j @ m, at)
 
 
+@full_precision
 def mjp(model: nn.Module, x: Any, m: Any = None, wrt: Wrt = "input", **options: Unpack[Options]) -> Tensor:
     """M J (b, c, n), for rows m (b, c, o) or (c, o); J itself for None."""
     with differential(model, x, wrt, **options) as at:
@@ -76,6 +81,7 @@ def mjp(model: nn.Module, x: Any, m: Any = None, wrt: Wrt = "input", **options: 
         return finished(m @ at.jacobian(), at)
 
 
+@full_precision
 def jacobian(model: nn.Module, x: Any, wrt: Wrt = "input", **options: Unpack[Options]) -> Tensor:
     """J (b, o, n), by columns pushed forward or by rows pulled back, whichever costs less.
 

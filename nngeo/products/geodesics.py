@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nngeo.generators.batches import Function
 from nngeo.linalg.cg import ConvergenceWarning
 from nngeo.linalg.decompose import cholesky
+from nngeo.linalg.precision import full_precision
 from nngeo.products.curves import CubicSpline, Curve, DiscreteCurve, basis
 from nngeo.products.energy import curve_energy, curve_length, derivative_jumps, quadrature
 from nngeo.products.outputmetric import OutputMetric
@@ -42,6 +43,7 @@ class Geodesics:
     evaluations: int  # of all energies and their gradient
 
 
+@full_precision
 def geodesics(
     model: nn.Module,
     start: Tensor,

@@ -16,6 +16,7 @@ from nngeo.generators.differentiable import differentiable
 from nngeo.generators.independence import FEW
 from nngeo.generators.outputs import check_outputs, outputs_of, random_like
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.precision import full_precision
 from nngeo.products.evaluation import Evaluation, Place, Wrt
 from nngeo.products.facts import facts_of
 from nngeo.products.graph import gradients
@@ -39,6 +40,7 @@ class Laplacian:
     method: str  # "forward" or "backward": how it was found
 
 
+@full_precision
 def forward_laplacian(
     model: nn.Module,
     x: Any,

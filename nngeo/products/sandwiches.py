@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeo.linalg.precision import full_precision
 from nngeo.products.diagbackprop import diag_backprop
 from nngeo.products.differential import finished
 from nngeo.products.evaluation import Wrt
@@ -19,6 +20,7 @@ from nngeo.products.sandwich import Pair, sandwich
 from nngeo.products.structured import as_metric
 
 
+@full_precision
 def jTmjp(
     model: nn.Module,
     x: Any,
@@ -54,6 +56,7 @@ def jTmjp(
     return _product(True, model, x, metric, wrt, result, method, reduce, x2, samples, generator, options)
 
 
+@full_precision
 def jmjTp(
     model: nn.Module,
     x: Any,

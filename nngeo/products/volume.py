@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.linalg.decompose import svd
+from nngeo.linalg.precision import full_precision
 from nngeo.products.evaluation import Wrt
 from nngeo.products.functions import Options
 from nngeo.products.metrics import Identity
@@ -21,6 +22,7 @@ except ImportError:  # Python 3.10
     from typing_extensions import Unpack
 
 
+@full_precision
 def volume(
     model: nn.Module, x: Any, metric: OutputMetric = None, wrt: Wrt = "input", **options: Unpack[Options]
 ) -> Tensor:
@@ -35,6 +37,7 @@ def volume(
     return log_volume(model, x, metric, wrt, **options).exp()
 
 
+@full_precision
 def log_volume(
     model: nn.Module, x: Any, metric: OutputMetric = None, wrt: Wrt = "input", **options: Unpack[Options]
 ) -> Tensor:

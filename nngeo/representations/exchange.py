@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nngeo.layers.collection import LayerCollection, checked_layers
 from nngeo.linalg.arguments import destination
+from nngeo.linalg.precision import FullPrecision
 from nngeo.representations.files import check_path, read, write
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from nngeo.generators import Generator
 
 
-class Exchange:
+class Exchange(FullPrecision):
     """What a PMat has in common with the world outside torch's models: a mixin of PMat."""
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nngeo.layers import LayerCollection
 from nngeo.layers.collection import checked_layers
 from nngeo.linalg.arguments import instance
+from nngeo.linalg.precision import FullPrecision
 from nngeo.representations import PMat
 from nngeo.uses.estimates import fisher
 from nngeo.uses.quadratic import Quadratic
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class EWC:
+class EWC(FullPrecision):
     """A penalty on moving the weights along directions that matter for the tasks learned so far.
 
     Add `strength / 2 * penalty()` to the loss of the next task; each task's F is the mean over its examples.

@@ -13,6 +13,7 @@ from nngeo.generators import BatchRecord, Examples, JacobianGenerator
 from nngeo.generators.batches import Function
 from nngeo.linalg.arguments import callback, choice, count, instance, number, shown
 from nngeo.linalg.cg import conjugate_gradients
+from nngeo.linalg.precision import full_precision
 from nngeo.representations import PFMapDense, PMat, PMatImplicit
 from nngeo.uses.dots import BUDGET, BY, Dots
 from nngeo.uses.lossgradients import Loss, loss_gradients
@@ -27,6 +28,7 @@ class Top(NamedTuple):
     indices: Tensor
 
 
+@full_precision
 def influence(
     model: nn.Module,
     F: PMat,
@@ -113,6 +115,7 @@ def influence(
     return torch.cat(list(parts), 1) if top is None else _top(parts, top)
 
 
+@full_precision
 def self_influence(
     model: nn.Module,
     F: PMat,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nngeo.linalg.arguments import flag, number, shown, tensor
 from nngeo.linalg.length import length
+from nngeo.linalg.precision import full_precision
 from nngeo.linalg.symmetric import SymmetricMatrix, require_symmetric
 from nngeo.representations import FMatDense
 from nngeo.vectors import FVector
@@ -14,6 +15,7 @@ from nngeo.vectors import FVector
 Kernel = FMatDense | Tensor
 
 
+@full_precision
 def kernel_predict(
     K: Kernel,
     y: Tensor,
@@ -70,6 +72,7 @@ def kernel_predict(
     return f0_cross + K_cross @ weights
 
 
+@full_precision
 def alignment(K: Kernel, y: Tensor, *, centred: bool = False) -> Tensor:
     """The cosine between a kernel and that of targets y (n, k), `<K, y y'> / (|K| |y y'|)` (Cristianini et al., 2001).
 
@@ -81,6 +84,7 @@ def alignment(K: Kernel, y: Tensor, *, centred: bool = False) -> Tensor:
     return _cosine(by_example("K", K), y @ y.mT, flag("centred", centred))
 
 
+@full_precision
 def cka(K1: Kernel, K2: Kernel) -> Tensor:
     """Centred kernel alignment of two kernels on the same examples, from 0 to 1 (Kornblith et al., 2019).
 
@@ -89,6 +93,7 @@ def cka(K1: Kernel, K2: Kernel) -> Tensor:
     return _cosine(by_example("K1", K1), by_example("K2", K2), True)
 
 
+@full_precision
 def effective_rank(K: Kernel, ridge: float | None = None) -> Tensor:
     """How many eigenvalues count, 0-d.
 

@@ -18,6 +18,7 @@ from nngeo.layers import LayerCollection
 from nngeo.layers.replace import replaced
 from nngeo.linalg.arguments import callback, choice, count, flag, instance, number, random_source
 from nngeo.linalg.decompose import eigh
+from nngeo.linalg.precision import FullPrecision
 from nngeo.linalg.spectrum import logarithm
 from nngeo.products import jmjTp
 from nngeo.representations import PMat
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 LINKS = ("probit", "bridge", "mc", "samples")
 
 
-class Laplace:
+class Laplace(FullPrecision):
     """The posterior `N(w, H^-1)`, `H = n / (noise temperature) F + prior_precision`, around the weights w of a model.
 
     F is a mean over n examples; the factor n is seen to here. Predictions are those of the network linearized at w.

@@ -7,8 +7,10 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from nngeo.linalg.arguments import tensor
+from nngeo.linalg.precision import full_precision
 
 
+@full_precision
 def lds(scores: Tensor, masks: Tensor, losses: Tensor) -> Tensor:
     """The linear datamodeling score, 0-d: the rank correlation of predicted and measured losses, the mean over queries.
 

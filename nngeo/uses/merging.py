@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from nngeo.linalg.arguments import count, instance, number, shown
 from nngeo.linalg.cg import conjugate_gradients
+from nngeo.linalg.precision import full_precision
 from nngeo.representations import PMat
 from nngeo.uses.averages import averaged
 from nngeo.vectors import PVector
 
 
+@full_precision
 def merge(
     models: Sequence[nn.Module | PVector],
     Fs: Sequence[PMat],

@@ -15,6 +15,7 @@ from nngeo.generators import Generator
 from nngeo.layers import LayerCollection
 from nngeo.layers.collection import layers_of
 from nngeo.linalg.arguments import callback, choice, count, flag, number, shown
+from nngeo.linalg.precision import FullPrecision
 from nngeo.representations import PMat, PMatImplicit, PMatKFAC
 from nngeo.uses.averages import averaged
 from nngeo.uses.capture import Capture, Captured
@@ -25,7 +26,7 @@ from nngeo.vectors import PVector
 SMALLEST, LARGEST = 1e-8, 1e8  # of a damping that adapts itself
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(FullPrecision, torch.optim.Optimizer):
     """Steps along `-(F + damping)^-1 g`, with a Fisher matrix F that is a moving average over mini-batches.
 
     A step is `opt.zero_grad(); loss.backward(); opt.update((x, y)); opt.step()`; or, with the factors of the training

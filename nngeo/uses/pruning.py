@@ -7,10 +7,12 @@ from torch import Tensor
 
 from nngeo.linalg.arguments import count, flag, instance, number
 from nngeo.linalg.cg import conjugate_gradients
+from nngeo.linalg.precision import full_precision
 from nngeo.representations import PMat
 from nngeo.vectors import PVector
 
 
+@full_precision
 def prune(
     F: PMat,
     w: PVector,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nngeo.linalg.arguments import instance, number
+from nngeo.linalg.precision import FullPrecision
 from nngeo.representations import PMat
 from nngeo.uses.averages import averaged
 from nngeo.uses.state import packed, unpacked
@@ -30,8 +31,7 @@ class Term:
     def __call__(self, w: PVector) -> Tensor:
         """0-d, differentiable in w."""
         kept = w.restrict(self.centre.layer_collection).to(device=self.F.device, dtype=self.F.dtype)
-        with torch.autocast(self.F.device.type, enabled=False):
-            return self.weight * self.F.vTMv(kept - self.centre)
+        return self.weight * self.F.vTMv(kept - self.centre)
 
     def followed_by(self, F: PMat, centre: PVector, decay: float) -> Term:
         """One term in place of `decay` times this and a new one, around the new centre.
@@ -45,7 +45,7 @@ class Term:
         return Term(mean, centre, decay * self.weight + 1.0)
 
 
-class Quadratic:
+class Quadratic(FullPrecision):
     """The penalty `sum_t decay^(T - t) (w - w_t)' F_t (w - w_t)` of what was added so far, or one term for all of it.
 
     With a `decay` there is one matrix and one centre, the last (Schwarz et al., 2018; Huszar, 2018): weights that were

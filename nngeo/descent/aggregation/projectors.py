@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nngeo.descent.aggregation.options import Option, check_finite, describe, instance, number
 from nngeo.linalg.dualcone import dual_cone_weights, semidefinite_dual_cone_weights
+from nngeo.linalg.precision import full_precision
 
 
 def _boolean(name: str, value: bool) -> bool:
@@ -35,6 +36,7 @@ class DualConeProjector(ABC):
     def project(self, U: Tensor, G: Tensor) -> Tensor:
         """Weights (r, m) for the rows of U (r, m)."""
 
+    @full_precision
     @torch.no_grad()
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
         for name, tensor in (("U", U), ("G", G)):

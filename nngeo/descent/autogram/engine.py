@@ -22,6 +22,7 @@ from nngeo.generators.sources import candidates, full_precision, uses_of
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.models import check_usable
 from nngeo.layers.turn import TURN
+from nngeo.linalg import precision
 
 
 class Engine:
@@ -72,6 +73,7 @@ class Engine:
         self, losses: Tensor, other: Tensor | None = ..., /, *, per_layer: Literal[True], block: int | None = ...
     ) -> dict[str, Tensor]: ...
 
+    @precision.full_precision
     def compute_gramian(
         self, losses: Tensor, other: Tensor | None = None, /, *, per_layer: bool = False, block: int | None = None
     ) -> Tensor | dict[str, Tensor]:
@@ -94,6 +96,7 @@ class Engine:
             both = {name: _matrix(tensor, left, right) for name, tensor in found.items()}
         return both if per_layer else both[""]
 
+    @precision.full_precision
     def step(
         self,
         losses: Tensor,

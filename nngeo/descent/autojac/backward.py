@@ -11,8 +11,10 @@ from nngeo.descent.autojac.fields import accumulate_jacs
 from nngeo.descent.autojac.graph import leaves
 from nngeo.descent.autojac.rows import Rows, jacobians
 from nngeo.linalg.arguments import flag
+from nngeo.linalg.precision import full_precision
 
 
+@full_precision
 def backward(
     tensors: Sequence[Tensor] | Tensor,
     /,

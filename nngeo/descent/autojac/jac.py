@@ -9,8 +9,10 @@ from torch import Tensor
 from nngeo.descent.autojac import arguments
 from nngeo.descent.autojac.rows import Rows, jacobians
 from nngeo.linalg.arguments import flag
+from nngeo.linalg.precision import full_precision
 
 
+@full_precision
 def jac(
     outputs: Sequence[Tensor] | Tensor,
     inputs: Iterable[Tensor] | Tensor,

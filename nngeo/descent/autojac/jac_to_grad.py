@@ -10,8 +10,10 @@ from nngeo.descent.autojac import arguments
 from nngeo.descent.autojac.arguments import Aggregation
 from nngeo.descent.autojac.combine import combine, weights_from_gramian
 from nngeo.descent.autojac.fields import accumulate_grads, clear_jacs, jac_of
+from nngeo.linalg.precision import full_precision
 
 
+@full_precision
 def jac_to_grad(
     tensors: Iterable[Tensor] | Tensor,
     /,

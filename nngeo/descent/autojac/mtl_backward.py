@@ -10,8 +10,10 @@ from nngeo.descent.autojac import arguments
 from nngeo.descent.autojac.fields import accumulate_grads, accumulate_jacs
 from nngeo.descent.autojac.multitask import multitask
 from nngeo.linalg.arguments import flag
+from nngeo.linalg.precision import full_precision
 
 
+@full_precision
 def mtl_backward(
     tensors: Sequence[Tensor] | Tensor,
     /,

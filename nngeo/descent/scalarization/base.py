@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from nngeo.descent.aggregation.options import Option, describe
+from nngeo.linalg.precision import full_precision
 
 
 class Scalarizer(ABC, nn.Module):
@@ -19,6 +20,7 @@ class Scalarizer(ABC, nn.Module):
     def forward(self, values: Tensor, /) -> Tensor:
         """One loss () from losses (*shape), at least one."""
 
+    @full_precision
     def __call__(self, values: Tensor, /) -> Tensor:
         if not isinstance(values, Tensor):
             hint = " Stack the losses: torch.stack(losses)." if isinstance(values, (list, tuple)) else ""

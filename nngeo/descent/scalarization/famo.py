@@ -12,6 +12,7 @@ from nngeo.descent.aggregation.options import number
 from nngeo.descent.aggregation.stateful import Memory
 from nngeo.descent.scalarization.base import Scalarizer, losses_like, matching
 from nngeo.linalg.arguments import sizes
+from nngeo.linalg.precision import full_precision
 
 EPS = 1e-8  # added to losses whose logarithm is taken
 
@@ -60,6 +61,7 @@ class FAMO(Memory, Scalarizer):
         c = 1 / (z / losses.detach()).sum()
         return (c * z * losses.log()).sum()
 
+    @full_precision
     @torch.no_grad()
     def update(self, values: Tensor, /) -> None:
         """Take a step on the logits, with the losses of the same batch after the step of the model."""
