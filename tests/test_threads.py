@@ -15,11 +15,12 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-import nngeo
+import nngeo.nn
 from nngeo import FIM, FIM_MonteCarlo, LayerCollection, PMatDiag, PMatImplicit, products
 from nngeo.descent import backward
 from nngeo.descent.autogram import Engine
 from nngeo.layers.turn import TURN
+from nngeo.uses import influence
 
 
 class Net(nn.Module):
@@ -85,6 +86,10 @@ CALLS: dict[str, Callable[[nn.Module], Any]] = {
     "forward": lambda model: products.jvp(model, X, torch.ones_like(X)),
     "with a graph": lambda model: products.jvp(model, X, torch.ones_like(X), create_graph=True).detach(),
     "engine": by_engine,
+    "as a layer": lambda model: nngeo.nn.convert_to_nnj(model).jmjTp(X, None, None, wrt="weight"),
+    "influence": lambda model: influence(
+        model, FIM(model, (X,), PMatDiag) + 1.0, DATA[:], DATA[:3], nn.CrossEntropyLoss(reduction="sum"), refine=0
+    ),
 }
 
 
@@ -149,6 +154,52 @@ def test_different_calls_may_meet(model):
         return name, CALLS[name](model)
 
     assert_close(dict(together(work, len(CALLS))), expected)
+
+
+def test_two_models_may_meet():
+    """They share a layer: flags, hooks and parameters of the one are those of the other."""
+    torch.manual_seed(0)
+    first, second = Net().double().eval(), Net().double().eval()
+    second.inner = first.inner
+    expected = {id(model): CALLS["diagonal"](model) for model in (first, second)}
+    models = iter([first, second])
+    found = together(lambda: [(id(model), CALLS["diagonal"](model)) for model in [next(models)] * 4])
+    assert_close(dict(sum(found, [])), expected)
+
+
+class Asking(nn.Module):
+    """A model whose forward asks for a Jacobian, of another model or of a part of its own."""
+
+    def __init__(self, own: bool):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.other = [self.body if own else nn.Linear(3, 3).double()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = nngeo.Jacobian(self.other[0], (X[:2, 0, :3],)).to_torch().norm()
+        return self.head(torch.tanh(self.body(x)) * scale)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of another model", "of a part"])
+def test_a_forward_may_ask_for_a_jacobian(own):
+    """The Jacobian is a number to it, in every thread, and nobody waits for himself."""
+    torch.manual_seed(0)
+    model, x = Asking(own).double(), X[:, 0, :3]
+    plain = nn.Sequential(model.body, nn.Tanh(), Scaled(nngeo.Jacobian(model.other[0], (X[:2, 0, :3],))), model.head)
+    expected = nngeo.Jacobian(plain, (x,)).to_torch()
+    assert_close(together(lambda: nngeo.Jacobian(model, (x,)).to_torch()), [expected] * 2)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Scaled(nn.Module):
+    """Multiplies by a norm."""
+
+    def __init__(self, J: Any):
+        super().__init__()
+        self.scale = float(J.to_torch().norm())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
 
 
 def test_forward_passes_of_the_user_in_another_thread_are_not_noted(model):
