@@ -124,7 +124,10 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", [nngeo.PMatDense, nngeo.PMatBlockDiag, nngeo.PMatKFAC], ids=lambda kind: kind.__name__)
+DECOMPOSED = [nngeo.PMatDense, nngeo.PMatBlockDiag, nngeo.PMatKFAC, nngeo.PMatLowRank]
+
+
+@pytest.mark.parametrize("kind", DECOMPOSED, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("call", OPERATIONS.values(), ids=OPERATIONS)
 def test_work_that_does_not_fit_is_refused(call, kind, monkeypatch):
     F = FIM(LINEAR, (torch.randn(5, 3),), kind)
@@ -132,7 +135,23 @@ def test_work_that_does_not_fit_is_refused(call, kind, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available_bytes", lambda device: 30)
         patch.setattr(memory, "SMALL", 0)
-        with pytest.raises(MemoryError, match="GiB are free on cpu. Use an iterative solver"):
+        with pytest.raises(MemoryError, match="GiB are free on cpu. (Use an iterative solver|What would fit)"):
+            call(F, v)
+    call(F, v)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda F, v: F.inv(), lambda F, v: F.sample(1), lambda F, v: F.logdet(), lambda F, v: (F.pow(2)).solve(v, 0.1)],
+    ids=["inv", "sample", "logdet", "solve"],
+)
+def test_matrices_of_rows_that_do_not_fit_are_refused(call, monkeypatch):
+    F = FIM(LINEAR, (torch.randn(5, 3),), nngeo.PMatQuasiDiag) + 0.1
+    v = torch.randn(F.size(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available_bytes", lambda device: 600)
+        patch.setattr(memory, "SMALL", 0)
+        with pytest.raises(MemoryError, match="Matrices of rows .* takes"):
             call(F, v)
     call(F, v)
 

@@ -208,13 +208,13 @@ class SymmetricMatrix(FullPrecision):
     @torch.no_grad()
     def _is_singular(self, solve: Callable[[Tensor], Tensor]) -> bool:
         """Whether rounding can't tell the smallest eigenvalue from zero: by a few steps of inverse iteration."""
-        matrix = self.tensor.double()
-        p, size = len(matrix), matrix.abs().max()
+        matrix = self.tensor
+        p, size = len(matrix), torch.stack(matrix.aminmax()).abs().max()
         v = y = (torch.arange(1, p + 1, dtype=matrix.dtype, device=matrix.device) ** 2).sin()[:, None]
         for _ in range(4):
-            v, y = matrix @ (v / v.norm()) / size, solve(y / y.norm()).double() * size
+            v, y = matrix @ (v / v.norm()) / size, (solve(y / y.norm()) * size).to(matrix)
         # Vector damping can't be told from the entries: then what these can hold is believed.
-        noise = (p**0.5 if self.damped and not self.diagonalised else 8 + p**0.5) * torch.finfo(self.tensor.dtype).eps
+        noise = (p**0.5 if self.damped and not self.diagonalised else 8 + p**0.5) * torch.finfo(matrix.dtype).eps
         return not bool(y.norm() * v.norm() * noise < 1)
 
     def _factored(self, regul: float) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,7 @@ from nngeo.layers.collection import Layer
 from nngeo.linalg.decompose import eigvalsh
 from nngeo.linalg.length import length
 from nngeo.linalg.matrixview import MatrixView
+from nngeo.linalg.memory import require_workspace
 from nngeo.linalg.outer import BUDGET, OuterProducts
 from nngeo.linalg.spectrum import Spectrum
 from nngeo.linalg.symmetric import reciprocal, spectral_norm
@@ -131,6 +132,8 @@ class QuasiDiagBlock(Block):
         """The same matrix, with room for its functions: those of an arrow matrix are dense."""
         if self.cross is None or self.view is None:
             return DiagBlock(self.diagonal)
+        n, o, i = self.view.shape
+        require_workspace(f"Matrices of rows {(n, o, i, i)} and their inverses", 3 * n * o * i**2, self.diagonal)
         matrices = self.view.to_matrix(self.diagonal).diag_embed()
         matrices[..., -1, :-1] = matrices[..., :-1, -1] = self.cross
         return RowsBlock(matrices, self.view)
