@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import nngeo
 from nngeo import FIM, NTK, Hessian, Jacobian, LayerCollection, random_pvector
 from nngeo.linalg import memory
+from nngeo.uses import Laplace
 from tests import reference
 
 X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -92,6 +93,20 @@ def test_examples_are_refused(kind, words, examples, call):
 def test_inputs_of_a_wrong_width_are_told_with_their_shapes(call):
     with refused(ValueError, "does not run on a batch of tensors (b, 4), (b)", "4 and 3x3"):
         call(net(), (torch.cat([X, X[:, :1]], 1), Y))
+
+
+WIDE = torch.cat([X, X[:, :1]], 1)
+LATER: dict[str, Callable[[], Any]] = {
+    "in a later batch": lambda: fisher(nngeo.PMatDiag, net(), [(X, Y), (WIDE, Y)]),
+    "without checks": lambda: FIM(net(), (WIDE, Y), nngeo.PMatDiag, "classif_logits", check=False),
+    "in a prediction": lambda: Laplace.fit(net(), (X, Y), nngeo.PMatDiag).predict(WIDE),
+}
+
+
+@pytest.mark.parametrize("call", LATER.values(), ids=LATER)
+def test_inputs_of_a_wrong_width_are_told_wherever_they_come(call):
+    with refused(ValueError, "does not run on a batch of tensors (b, 4)", "4 and 3x3"):
+        call()
 
 
 def test_an_example_without_a_batch_axis_is_told_how_to_get_one():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ ALONE = 8  # examples of each batch that are run alone, where Python reads value
 
 _DRAWS = random.Random(0)
 
+Found = TypeVar("Found")
 Look = Callable[[Batch], Tensor]  # the outputs (b, ...), with their graph
 
 
@@ -127,7 +128,7 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
     try:
         with Snapshot(model).restored(), torch.enable_grad():
             find(model, lambda: outputs_of(batch, model, function))
-        outputs = _first(look or plain, plain, batch)
+        outputs = attempt(look or plain, plain, batch)
         draws = any(not torch.equal(s, t) for s, t in zip(before, _random_states(), strict=True))
         if draws and any(not torch.equal(outputs, plain(batch)) for _ in range(3)):
             raise ValueError(
@@ -141,8 +142,8 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
     return outputs
 
 
-def _first(look: Look, plain: Look, batch: Batch) -> Tensor:
-    """The outputs of the first batch; an error of torch's (inputs of a wrong width) is told with the shapes of it.
+def attempt(look: Callable[[Batch], Found], plain: Look, batch: Batch) -> Found:
+    """What a look at a batch gives; an error of torch's (inputs of a wrong width) is told with the shapes of the batch.
 
     Raises:
         ValueError: the model does not run on these inputs.

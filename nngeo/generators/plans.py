@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nngeo.generators.accounting import Accounting
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.independence import check_alone
+from nngeo.generators.independence import attempt, check_alone, run
 from nngeo.generators.recording import Forward, Plan, Recording
 from nngeo.generators.routing import check_rows
 from nngeo.generators.signature import code_of, signature
@@ -61,7 +62,7 @@ class Planner:
         while True:
             try:
                 with TURN, plan.followed():
-                    forward = Forward.of(self.model, self.function, batch, plan.hosts(), plan.added(), self._before)
+                    forward = attempt(partial(self._forward, plan), self._run, batch)
                     recording = Recording(self.model, self.function, self.layers, plan, forward)
                     if plan.reads:
                         check_alone(self.model, self.function, batch, recording.outputs, plan.apart)
@@ -79,8 +80,17 @@ class Planner:
                 plan = self._account(batch, banned=banned)
             self._known[batch.kind, self._function] = plan
 
+    def _forward(self, plan: Plan, batch: Batch) -> Forward:
+        return Forward.of(self.model, self.function, batch, plan.hosts(), plan.added(), self._before)
+
+    def _run(self, batch: Batch) -> Tensor:
+        return run(self.model, self.function, batch)
+
     def _account(self, batch: Batch, **options: Any) -> Plan:
-        return Accounting(self.model, self.function, self.layers, batch, **options).plan(self.check)
+        def plan(batch: Batch) -> Plan:
+            return Accounting(self.model, self.function, self.layers, batch, **options).plan(self.check)
+
+        return attempt(plan, self._run, batch)
 
     def _place(self) -> tuple[dict[Any, Plan], Any]:
         """The plans remembered for this structure, by kinds of batches and functions; and the function's key."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nngeo.factories import Jacobian
 from nngeo.generators import Batch, Examples
 from nngeo.generators.batches import Function
-from nngeo.generators.independence import run
+from nngeo.generators.independence import attempt, run
 from nngeo.layers import LayerCollection
 from nngeo.layers.replace import replaced
 from nngeo.linalg.arguments import callback, choice, count, flag, instance, number, random_source
@@ -302,7 +302,11 @@ class Laplace(FullPrecision):
         batch = Batch.of(content).to(next(self.model.parameters()).device)
         by_user = self.function is not None or isinstance(content, Mapping)
         function = self.function if by_user else self.model  # of all entries: none is a target
-        return run(self.model, function, batch).detach().to(self.F.dtype)
+
+        def plain(batch: Batch) -> Tensor:
+            return run(self.model, function, batch)
+
+        return attempt(plain, plain, batch).detach().to(self.F.dtype)
 
     def _pushed(self, x: Any, result: str) -> Tensor:
         return jmjTp(
