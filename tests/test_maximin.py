@@ -57,6 +57,19 @@ def test_per_example_losses_beyond_the_rank_are_served_in_single_precision(seed)
 
 
 @pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", ["not 9x40 rank 1", "not 16x5 rank 1", "not 24x200 rank 2"])
+def test_the_worst_row_alone_may_have_the_weight(name, seed):
+    """Then the first t is the right one, where p is as long as the radius but for rounding."""
+    j = matrix(name, seed, dtype=torch.float32).double()
+    j = j / j.norm()
+    g = j @ j.T + 1e-12 * torch.eye(len(j), dtype=j.dtype)
+    radius = 0.5 * g.mean().sqrt()
+    p, error = maximin_weights(g, g.mean(0), radius)
+    assert error < 1e-10
+    assert_close((p @ g @ p).sqrt(), radius, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("c", [0.5, 1.0, 2.0], ids=str)
 def test_gramians_that_come_in_single_precision_are_solved_to_their_rounding(c, seed):
     j = matrix("normal 6x30 rank 3", seed, dtype=torch.float32)

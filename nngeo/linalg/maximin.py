@@ -28,7 +28,9 @@ def maximin_weights(g: Tensor, b: Tensor, radius: Tensor, *, max_iter: int = 100
         solutions, solved = complementary_solutions(g, (b - t)[None])
         p = solutions[0]
         length = _length(g, p)
-        if solved and (length - radius).abs() <= 1e-13 * radius:
+        # At the first t, a bound, p is as long as the radius at least, but for rounding.
+        if solved and ((length - radius).abs() <= 1e-13 * radius or (length < radius and t >= high)):
+            far = p
             break
         if solved and length < radius:
             low = t
