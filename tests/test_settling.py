@@ -44,6 +44,14 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+class Layered(nn.TransformerEncoderLayer):
+    """One that can be made anew."""
+
+    def reset_parameters(self) -> None:
+        for p in self.parameters():
+            nn.init.normal_(p)
+
+
 def owning(run: Callable[[Any, Tensor], Tensor], shape: tuple[int, ...], **modules: nn.Module) -> nn.Module:
     """A model that owns a parameter itself."""
     with torch.random.fork_rng(devices=[]):
@@ -76,7 +84,31 @@ def read(net: Any, x: Tensor) -> Tensor:
     return net.head(x * net.own * (1.0 if float(net.own.detach().sum()) > 100 else 2.0))
 
 
+def with_token(net: Any, x: Tensor) -> Tensor:
+    """(b, 3) as three positions behind a class token."""
+    positions = torch.cat([net.own.expand(len(x), 1, 1), x[..., None]], 1).expand(-1, -1, 4)
+    return net.head(net.body(positions)[:, 0])
+
+
+def nearest(net: Any, x: Tensor) -> Tensor:
+    """Of the rows of a code book."""
+    return net.head(net.own[torch.cdist(x, net.own).argmin(-1)] * x)
+
+
+def interpolated(net: Any, x: Tensor) -> Tensor:
+    """By a Gaussian process through points of its own."""
+    root = torch.linalg.cholesky(torch.exp(-torch.cdist(net.own, net.own)) + torch.eye(4, dtype=x.dtype))
+    return torch.exp(-torch.cdist(x, net.own)) @ torch.cholesky_solve(net.head(net.own), root)
+
+
 SERVED = {
+    "a class token": (
+        with_token,
+        (1, 1, 1),
+        {"body": Layered(4, 2, 5, 0.0, batch_first=True), "head": nn.Linear(4, 2)},
+    ),
+    "a code book": (nearest, (4, 3), {"head": nn.Linear(3, 2)}),
+    "a process": (interpolated, (4, 3), {"head": nn.Linear(3, 2)}),
     "distances": (distances, (5, 3), {}),
     "distances, then a layer": (lambda net, x: net.head(distances(net, x)), (3, 3), {"head": nn.Linear(3, 2)}),
     "a solution": (solved, (3, 3), {"head": nn.Linear(3, 3)}),
@@ -128,6 +160,50 @@ def test_a_gradient_that_is_clipped_in_forward_is_refused(representation, change
     model = owning(clipped(change), (3,), body=nn.Linear(3, 3), head=nn.Linear(3, 2))
     with within(SECONDS), pytest.raises(NotImplementedError, match="layer '(body)?'"):
         nngeo.FIM(model, (drawn(5, 3),), representation, "regression")
+
+
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-0.1, 0.1)
+
+
+KEPT: dict[int, Tensor] = {}
+
+
+def kept_elsewhere(net: Any, x: Tensor) -> Tensor:
+    """In a dict that is not the model's, with the graph of the first call."""
+    if id(net) not in KEPT:
+        KEPT[id(net)] = net.own.exp()
+    return net.head(x * KEPT[id(net)])
+
+
+def clipped_at_the_parameter(net: Any, x: Tensor) -> Tensor:
+    if not net.own._backward_hooks:
+        net.own.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    return net.head(x * net.own)
+
+
+UNEXPLAINED = {
+    "clipped by a function": lambda net, x: net.head(Clipped.apply(x * net.own)),
+    "clipped at the parameter": clipped_at_the_parameter,
+    "kept elsewhere": kept_elsewhere,
+}
+
+
+@pytest.mark.parametrize("run", UNEXPLAINED.values(), ids=UNEXPLAINED)
+@pytest.mark.parametrize("call", [Jacobian, NTK], ids=["Jacobian", "NTK"])
+def test_what_can_not_be_explained_is_refused(run, call):
+    model = owning(run, (3,), head=nn.Linear(3, 2))
+    try:
+        with within(SECONDS), pytest.raises(NotImplementedError, match="Gradients of single examples .* layer ''"):
+            call(model, drawn(5, 3))
+    finally:
+        KEPT.clear()
 
 
 def test_a_gradient_that_is_scaled_in_forward_is_served():
