@@ -41,10 +41,30 @@ def ones(model: nn.Module) -> nngeo.PVector:
     return nngeo.PVector(layers, vector_repr=torch.ones(layers.numel()))
 
 
+def matrix(kind: type) -> Callable[[nn.Module, Tensor], Any]:
+    """F v and v' F v, of the linear layers: every representation has them."""
+
+    def call(model: nn.Module, x: Tensor) -> Any:
+        layers = LayerCollection.from_model(model, lambda name, module: type(module) is nn.Linear)
+        F = FIM(model, (x,), kind, "regression", layer_collection=layers)
+        v = nngeo.PVector(layers, vector_repr=torch.ones(layers.numel()))
+        return F.mv(v).to_torch(), F.vTMv(v), F.trace()
+
+    return call
+
+
+KINDS = [nngeo.PMatBlockDiag, nngeo.PMatQuasiDiag, nngeo.PMatKFAC, nngeo.PMatEKFAC, nngeo.PMatEKFACBlockDiag]
+KINDS += [nngeo.PMatLowRank]
 CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "diagonal": lambda model, x: FIM(model, (x,), nngeo.PMatDiag, "regression").get_diag(),
     "dense": lambda model, x: FIM(model, (x,), nngeo.PMatDense, "regression").to_torch(),
+    **{kind.__name__: matrix(kind) for kind in KINDS},
     "implicit": lambda model, x: FIM(model, (x,), PMatImplicit, "regression").mv(ones(model)).to_torch(),
+    "quadratic form": lambda model, x: FIM(model, (x,), PMatImplicit, "regression").vTMv(ones(model)),
+    "linearized": lambda model, x: FIM(model, (x,), PMatImplicit, "regression").linearize().mv(ones(model)).to_torch(),
+    "draws": lambda model, x: nngeo.FIM_MonteCarlo(
+        model, (x,), nngeo.PMatDiag, "regression", generator=torch.Generator().manual_seed(0)
+    ).get_diag(),
     "kernel": lambda model, x: NTK(model, (x,)).to_torch(),
     "Jacobian": lambda model, x: Jacobian(model, (x,)).to_torch(),
     "by weights": lambda model, x: products.jacobian(model, x, wrt="weight"),
