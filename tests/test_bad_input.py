@@ -296,3 +296,20 @@ def test_a_loader_may_fill_the_same_large_tensor_again(monkeypatch):
     monkeypatch.setattr("nngeo.generators.sizing.INPUTS", 0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     torch.testing.assert_close(NTK(model, refilled()).to_torch(), NTK(model, (X,)).to_torch())
+
+
+# Operators, which Python calls before nngeo does.
+OPERATORS = {
+    "over zero": (ValueError, "can't be divided by 0", lambda F: F / 0),
+    "over a zero tensor": (ValueError, "can't be divided by 0", lambda F: F / torch.zeros(())),
+    "times nan": (ValueError, "`factor`|finite|nan", lambda F: F * float("nan")),
+    "over nan": (ValueError, "`divisor`|finite|nan", lambda F: F / float("nan")),
+    "plus nan": (ValueError, "damping|finite", lambda F: F + float("nan")),
+}
+
+
+@pytest.mark.parametrize("kind", PMATS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("error", "words", "call"), OPERATORS.values(), ids=OPERATORS)
+def test_operators_refuse_numbers_that_are_none(error, words, call, kind):
+    with refused(error, *words.split("|")):
+        call(fisher(kind))

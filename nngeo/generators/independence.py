@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -193,7 +194,8 @@ def _run_alone(
     try:
         return look(batch) if look else run(model, function, batch)
     except Exception as error:
-        run(model, function, whole)  # if this raises, too, the reason is not the number of examples
+        plain = partial(run, model, function)
+        attempt(plain, plain, whole)  # if this raises, too, the reason is not the number of examples
         raise ValueError(
             f"The model runs on a batch of {whole.size} examples, but not on {batch.size} of them alone (normalization "
             "over the batch? a tensor of the batch that is as long as it, but not by example? one example without a "

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from nngeo.layers.fingerprint import fingerprint
 from nngeo.layers.models import check_structure, is_whole
 from nngeo.layers.turn import TURN
-from nngeo.linalg.arguments import flag, instance, shown, tensor
+from nngeo.linalg.arguments import UnknownName, flag, instance, shown, tensor
 
 LayerChoice = str | type[nn.Module]
 Predicate = Callable[[str, nn.Module], bool]
@@ -29,6 +29,11 @@ class Layer:
     name: str
     kind: str  # the class name, for messages
     shapes: dict[str, torch.Size] = field(hash=False)  # local parameter name -> shape, in the module's order
+
+    def __post_init__(self) -> None:
+        instance("name", self.name, str)
+        instance("kind", self.kind, str)
+        instance("shapes", self.shapes, Mapping, "{parameter: shape}")
 
     def numel(self) -> int:
         """The number p of its parameters."""
@@ -55,13 +60,6 @@ class Layer:
     def full_name(self, local: str) -> str:
         """The parameter's name in the model: `"net.0" + "weight" -> "net.0.weight"`."""
         return f"{self.name}.{local}" if self.name else local
-
-
-class UnknownName(KeyError, ValueError):
-    """No layer or parameter has this name."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError shows a text in quotes
 
 
 class LayerCollection:

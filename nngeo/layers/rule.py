@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nngeo.layers.collection import Layer
-from nngeo.linalg.arguments import shown
+from nngeo.linalg.arguments import instance, shown
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.outer import OuterProducts
 from nngeo.linalg.selected import SelectedProducts
@@ -213,6 +213,7 @@ def register_rule(*module_types: type[nn.Module] | str) -> Callable[[type[LayerR
 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule of the module's type, or of a parent type whose `forward` it has not replaced; None without one."""
+    instance("module", module, nn.Module)
     for kind in type(module).__mro__:
         rule = _RULES.get(kind) or _RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
         if rule is not None and type(module).forward is getattr(kind, "forward", None) and rule.serves(module):

@@ -15,7 +15,22 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def number(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf, positive: bool = False) -> float:
+class UnknownName(KeyError, ValueError):
+    """No layer or parameter has this name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError shows a text in quotes
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    positive: bool = False,
+) -> float:
     """A finite number in an interval, from a number or a tensor with one entry.
 
     Raises:
@@ -27,14 +42,11 @@ def number(name: str, value: Any, *, least: float = -math.inf, most: float = mat
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` should be a number; got {shown(value)}.")
     value = float(value)
-    if (least, most) != (-math.inf, math.inf) and not least <= value <= most:  # nan, too
-        ends = (
-            "not be negative"
-            if (least, most) == (0, math.inf)
-            else f"be at least {least:g}"
-            if most == math.inf
-            else f"be from {least:g} to {most:g}"
-        )
+    bounded = (least, most, below) != (-math.inf, math.inf, math.inf)
+    if bounded and not (least <= value <= most and (value < below or below == math.inf)):  # nan, too
+        end = f"below {below:g}" if below < math.inf else f"{most:g}"
+        from_least = f"be at least {least:g}" if least else "not be negative"
+        ends = from_least if end == "inf" else f"be from {least:g} to {end}"
         raise ValueError(f"`{name}` must {ends}; got {value:g}.")
     if not math.isfinite(value):
         raise ValueError(f"`{name}` should be finite; got {value}.")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from nngeo.linalg.arguments import choice
+from nngeo.linalg.arguments import choice, random_source
 from nngeo.linalg.leaveoneout import LeaveOneOut
 from nngeo.linalg.length import length
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, rademacher
@@ -23,6 +23,7 @@ def estimate_diag(
         method: "hutchinson" or "xdiag".
         generator: of the random vectors; torch's global one if None.
     """
+    random_source(generator)
     return DIAG_ESTIMATORS[choice("method", method, DIAG_ESTIMATORS)](matrix, samples, generator=generator)
 
 

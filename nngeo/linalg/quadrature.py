@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nngeo.linalg.arguments import count, number, shown
+from nngeo.linalg.arguments import callback, count, number
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.lanczos import tridiagonal
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, rademacher
@@ -84,8 +84,7 @@ def trace_of(
 ) -> Estimated:
     """`tr f(A)` from samples x steps products; see `Quadrature.trace_of`."""
     check_samples(samples, 2, "The quadrature")
-    if not callable(f):
-        raise TypeError(f"`f` should be a function of the eigenvalues, as torch.log; got {shown(f)}.")
+    callback("f", f, "of the eigenvalues, as torch.log")
     return Quadrature.of(matrix, samples, count("steps", steps), generator=generator).trace_of(f)
 
 

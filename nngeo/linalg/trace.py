@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nngeo.linalg.arguments import choice
+from nngeo.linalg.arguments import choice, random_source
 from nngeo.linalg.leaveoneout import LeaveOneOut
 from nngeo.linalg.operator import Estimated, Operator, check_samples, groups, normal, rademacher
 from nngeo.linalg.precision import full_precision
@@ -23,6 +23,7 @@ def estimate_trace(
         method: "hutchinson", "hutch++" or "xtrace".
         generator: of the random vectors; torch's global one if None.
     """
+    random_source(generator)
     return TRACE_ESTIMATORS[choice("method", method, TRACE_ESTIMATORS)](matrix, samples, generator=generator)
 
 

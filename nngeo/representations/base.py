@@ -14,7 +14,7 @@ from nngeo.linalg.arguments import axis, choice, flag, number, shown, takes_opti
 from nngeo.linalg.memory import require_memory
 from nngeo.linalg.symmetric import DAMPING
 from nngeo.representations.coordinates import coordinates
-from nngeo.representations.estimate import check_kind
+from nngeo.representations.estimate import check_kind, checked_generator
 from nngeo.representations.exchange import Exchange
 from nngeo.representations.memory import what_fits
 from nngeo.representations.pooling import Pooling
@@ -232,7 +232,7 @@ class PMat(Pooling, Exchange):
         if kind is None or not issubclass(kind, cls):
             raise ValueError(f"This state_dict is of a {state['class']}, which is no {cls.__name__}.")
         new = object.__new__(kind)
-        new.layer_collection, new.generator = layers_of(state), generator
+        new.layer_collection, new.generator = layers_of(state), checked_generator(generator)
         new.data = new._load(state, torch.clone)
         new.n_examples, new._origin = state["n_examples"], state.get("origin")
         return new

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nngeo.generators.batches import Examples, NoBatches
 from nngeo.layers.collection import LayerCollection
-from nngeo.linalg.arguments import shown
+from nngeo.linalg.arguments import flag, shown
 from nngeo.linalg.outer import Sharing
 from nngeo.representations.block import Block, Statistic, Sums
 from nngeo.representations.eigenblock import KroneckerEigenBlock
@@ -38,7 +38,7 @@ class EigenbasisPMat(FactoredPMat):
         weight_sharing: Sharing = "expand",
         update_diag: bool = True,
     ):
-        self._exact = update_diag
+        self._exact = flag("update_diag", update_diag)
         super().__init__(layer_collection, generator, data, examples, weight_sharing=weight_sharing)
 
     def _has_scalings(self) -> bool:

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from nngeo.generators import BatchRecord, Generator
 
 
+def checked_generator(value: Any) -> Generator | None:
+    """What runs a model, or None.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not (value is None or hasattr(value, "model")):
+        raise TypeError(f"`generator` should be a Generator, which runs a model, or None; got {shown(value)}.")
+    return value
+
+
 class Estimate(FullPrecision, ABC):
     """Estimated by a generator from examples, or made of data; an element of a vector space.
 
@@ -44,9 +55,7 @@ class Estimate(FullPrecision, ABC):
     ):
         if (data is None) == (examples is None):
             raise ValueError(f"{type(self).__name__} takes exactly one of `data` and `examples`.")
-        self.layer_collection, self.generator = checked_layers(layer_collection), generator
-        if not (generator is None or hasattr(generator, "model")):
-            raise TypeError(f"`generator` should be a Generator, which runs a model, or None; got {shown(generator)}.")
+        self.layer_collection, self.generator = checked_layers(layer_collection), checked_generator(generator)
         if data is None:
             self.data, self.n_examples = self._estimate(examples)
             self._weights = self._versions_of_weights()

@@ -56,6 +56,8 @@ class FMatDense(Estimate):
         examples: Any = None,
         examples2: Any = None,
     ):
+        if examples is None and examples2 is not None:
+            raise ValueError("`examples2` are those of the columns, beside `examples`; `data` is a kernel already.")
         self._examples2 = examples2
         super().__init__(layer_collection, generator, data, examples)
         self._examples2 = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nngeo.layers.collection import Layer, LayerCollection
-from nngeo.linalg.arguments import shown
+from nngeo.linalg.arguments import flag, shown
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.outer import Sharing
 from nngeo.representations.block import Block
@@ -89,6 +89,7 @@ class PMatMixed(EigenbasisPMat):
         weight_sharing: Sharing = "expand",
         update_diag: bool = True,
     ):
+        flag("update_diag", update_diag)
         if not (map_layers_to is None or isinstance(map_layers_to, Mapping)):
             raise TypeError(
                 "`map_layers_to` should be a dict, {layer name or module type: representation}; got "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nngeo.linalg.arguments import count, instance, number, shown
+from nngeo.linalg.arguments import callback, count, instance, number, shown
 from nngeo.linalg.cg import ConvergenceWarning, conjugate_gradients
 from nngeo.linalg.lsmr import least_squares
 from nngeo.linalg.minres import minimal_residuals
@@ -184,8 +184,7 @@ def _solved(
         number(option, tolerances[option], least=0)
     if tolerances["max_iter"] is not None:
         count("max_iter", tolerances["max_iter"], least=0)
-    if report is not None and not callable(report):
-        raise TypeError(f"`report` should be a function of a SolveReport; got {shown(report)}.")
+    callback("report", report, "of a SolveReport", optional=True)
     start = None if x0 is None else coordinates(x0, matrix.layer_collection)[0].detach()
     if start is not None:
         if start.ndim > v.ndim or any(a not in (1, b) for a, b in zip(start.shape[::-1], v.shape[::-1], strict=False)):

@@ -7,8 +7,19 @@ from typing import Any
 from torch import nn
 
 from nngeo.factories import FIM, FIM_MonteCarlo
+from nngeo.factories.arguments import checked
 from nngeo.generators import Examples
+from nngeo.linalg.arguments import count
 from nngeo.representations import PMat
+from nngeo.variants import make_variant
+
+
+def check_fisher(representation: type[PMat], variant: Any, trials: int | None) -> None:
+    """Raise where `fisher` would: before there are examples."""
+    checked(representation, (PMat,))
+    make_variant(variant)
+    if trials is not None:
+        count("trials", trials)
 
 
 def fisher(

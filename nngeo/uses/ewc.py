@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nngeo.layers import LayerCollection
 from nngeo.layers.collection import checked_layers
-from nngeo.linalg.arguments import instance
+from nngeo.linalg.arguments import flag, instance
 from nngeo.linalg.precision import FullPrecision
 from nngeo.representations import PMat
-from nngeo.uses.estimates import fisher
+from nngeo.uses.estimates import check_fisher, fisher
 from nngeo.uses.quadratic import Quadratic
 from nngeo.vectors import PVector
 
@@ -58,6 +58,8 @@ class EWC(FullPrecision):
         **options: Any,
     ):
         instance("model", model, nn.Module)
+        check_fisher(representation, variant, trials)
+        flag("verbose", verbose)
         if layer_collection is not None:
             checked_layers(layer_collection)
         self.model, self.representation, self.layer_collection = model, representation, layer_collection

@@ -16,7 +16,7 @@ from nngeo.generators.batches import Function
 from nngeo.generators.independence import attempt, run
 from nngeo.layers import LayerCollection
 from nngeo.layers.replace import replaced
-from nngeo.linalg.arguments import callback, choice, count, flag, instance, number, random_source
+from nngeo.linalg.arguments import callback, choice, count, flag, instance, number, random_source, shown
 from nngeo.linalg.decompose import eigh
 from nngeo.linalg.precision import FullPrecision
 from nngeo.linalg.spectrum import logarithm
@@ -295,6 +295,8 @@ class Laplace(FullPrecision):
                 self._fit, self._count = self._fit + fit, self._count + count
 
     def _inputs(self, x: Any) -> Any:
+        if not Batch.of(x).tensors():
+            raise TypeError(f"`x` should be inputs (a tensor, a tuple or a dict of them); got {shown(x)}.")
         return Batch.of(x).inputs if isinstance(x, Mapping) and self.function is None else x
 
     def _outputs(self, x: Any) -> Tensor:

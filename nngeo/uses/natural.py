@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from nngeo.factories import FIM
 from nngeo.generators import Generator
-from nngeo.layers import LayerCollection
-from nngeo.layers.collection import layers_of
-from nngeo.linalg.arguments import callback, choice, count, flag, number, shown
+from nngeo.layers.collection import LayerCollection, layers_of
+from nngeo.linalg.arguments import callback, choice, count, flag, instance, number
 from nngeo.linalg.precision import FullPrecision
 from nngeo.representations import PMat, PMatImplicit, PMatKFAC
 from nngeo.uses.averages import averaged
 from nngeo.uses.capture import Capture, Captured
-from nngeo.uses.estimates import fisher
+from nngeo.uses.estimates import check_fisher, fisher
 from nngeo.uses.state import packed, unpacked
 from nngeo.vectors import PVector
 
@@ -82,6 +81,7 @@ class NaturalGradient(FullPrecision, torch.optim.Optimizer):
         **options: Any,
     ):
         _check(lr, damping, decay, update_every, solve_every, momentum, kl_clip, weight_decay)
+        check_fisher(representation, variant, trials)
         flag("empirical", empirical)
         flag("others", others)
         self.model, self.representation, self.variant = model, representation, variant
@@ -129,6 +129,8 @@ class NaturalGradient(FullPrecision, torch.optim.Optimizer):
             NotImplementedError: a layer that is not a linear map.
             ValueError: nothing was run, or it does not add up to the gradients that it left.
         """
+        if scale is not None:
+            number("scale", scale, positive=True)
         if not self._due():
             yield
             return
@@ -316,14 +318,11 @@ class NaturalGradient(FullPrecision, torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take all of a `state_dict()`: steps go on exactly as they would have."""
-        if not isinstance(state_dict, dict):
-            raise TypeError(f"`state_dict` should be that of a NaturalGradient; got {shown(state_dict)}.")
+        instance("state_dict", state_dict, dict)
         parts = unpacked(state_dict.get("natural", {}), "a NaturalGradient")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "natural"})
         self.calls, self.updates, self.steps = parts["calls"], parts["updates"], parts["steps"]
-        self.F, self.near = (
-            PMat.from_state_dict(parts[name]) if name in parts else None for name in ("F", "near")
-        )  # fmt: skip
+        self.F, self.near = (PMat.from_state_dict(parts[x]) if x in parts else None for x in ("F", "near"))
 
 
 def _check(
@@ -335,10 +334,9 @@ def _check(
         number("damping", damping, least=0)
     if isinstance(momentum, str):
         choice("momentum", momentum, ["exact"])
-    elif number("momentum", momentum, least=0, most=1) == 1:
-        raise ValueError("`momentum` should be below 1; got 1.")
-    if number("decay", decay, least=0, most=1) == 1:
-        raise ValueError("`decay` should be below 1; got 1.")
+    else:
+        number("momentum", momentum, least=0, below=1)
+    number("decay", decay, least=0, below=1)
     number("lr", lr, least=0)
     number("weight_decay", c, least=0)
     count("update_every", update_every)

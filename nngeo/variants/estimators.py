@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import instance
 from nngeo.variants.base import Cotangents, Variant
 
 
@@ -17,7 +18,7 @@ class Estimator(ABC):
     """What a generator asks for cotangents: `estimator(outputs, targets, mask)`."""
 
     def __init__(self, variant: Variant):
-        self.variant = variant
+        self.variant = instance("variant", variant, Variant)
 
     @abstractmethod
     def __call__(self, outputs: Tensor, targets: tuple[Any, ...] = (), mask: Tensor | None = None) -> Cotangents:

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nngeo.layers.collection import LayerCollection, UnknownName, checked_layers, layers_of
-from nngeo.linalg.arguments import choice, instance, shown, tensor
+from nngeo.layers.collection import LayerCollection, checked_layers, layers_of
+from nngeo.linalg.arguments import UnknownName, choice, instance, shown, tensor
 from nngeo.vectors.arithmetic import Arithmetic
 from nngeo.vectors.differences import described, differences, listed
 

@@ -10,6 +10,7 @@ from nngeo.descent.autojac import arguments
 from nngeo.descent.autojac.arguments import Aggregation
 from nngeo.descent.autojac.combine import combine, weights_from_gramian
 from nngeo.descent.autojac.fields import accumulate_grads, clear_jacs, jac_of
+from nngeo.linalg.arguments import flag
 from nngeo.linalg.precision import full_precision
 
 
@@ -44,6 +45,8 @@ def jac_to_grad(
     tensor([1.5000, 1.0000])
     """
     arguments.an_aggregator("aggregator", aggregator)
+    flag("retain_jac", retain_jac)
+    flag("optimize_gramian_computation", optimize_gramian_computation)
     receivers = arguments.receivers("tensors", tensors)
     if not receivers:
         raise ValueError("tensors is empty, so that there is nothing to aggregate.")
