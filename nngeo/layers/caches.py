@@ -59,7 +59,7 @@ def note_filled(module: nn.Module, name: str, empty: Any, value: Any) -> None:
 
 def find(model: nn.Module, forward: Callable[[], Any]) -> None:
     """Look for places that were filled before: emptied, `forward` fills them with the same values, with gradients."""
-    for name, modules in _filled(model).items():
+    for name, modules in filled(model).items():
         for absent in (False, True):
             # A buffer that is empty is None.
             empty = [(m, name, _empty_as(read(m, name), absent and name in vars(m))) for m in modules]
@@ -80,7 +80,7 @@ def read(module: nn.Module, name: str) -> Any:
     return _values(module, name).get(name, ABSENT)
 
 
-def _filled(model: nn.Module) -> dict[str, list[nn.Module]]:
+def filled(model: nn.Module) -> dict[str, list[nn.Module]]:
     """By name, the modules that keep tensors in attributes, or in buffers of no state dict."""
     found: dict[str, list[nn.Module]] = {}
     for m in model.modules():
