@@ -1,8 +1,10 @@
-"""What NNGeometry (0.4) gets silently wrong is right here, or refused: one test for each of its errors."""
+"""What NNGeometry (0.4) gets silently wrong is right here, or refused; its names are kept, or have a row."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
+import nngeo
 from nngeo import (
     FIM,
     FIM_MonteCarlo,
@@ -235,3 +238,45 @@ def test_odd_norms_take_absolute_values(p):
 
 def test_layers_with_and_without_bias_differ():
     assert LayerCollection.from_model(nn.Linear(3, 4)) != LayerCollection.from_model(nn.Linear(3, 4, bias=False))
+
+
+# ------------------------------------------------------------------------------------------ names and places
+
+PAGE = (Path(__file__).parent.parent / "docs" / "migration.rst").read_text()
+SAME_PLACES = {
+    "FIM": "model loader representation variant device function layer_collection",
+    "FIM_MonteCarlo": "model loader representation variant trials device function layer_collection",
+    "Hessian": "model loader representation function layer_collection",
+    "Jacobian": "model loader function representation layer_collection",
+    "random_pvector": "layer_collection device dtype",
+    "random_pvector_dict": "layer_collection device",
+    "random_fvector": "n_samples n_output device",
+}
+
+
+@pytest.mark.parametrize("name", SAME_PLACES)
+def test_arguments_have_the_places_that_they_had(name):
+    places = SAME_PLACES[name].split()
+    assert list(inspect.signature(getattr(nngeo, name)).parameters)[: len(places)] == places
+
+
+# Public names of NNGeometry 0.4 that nngeo has not, or with other arguments: each has a row.
+OTHERS = """
+inverse frobenius_norm compute_eigendecomposition get_KFE project_to_diag project_from_diag mm( iter_by_module solvePVec
+solvePFMap get_layerid_module_maps centering= use_pi= split_weight_bias= ignore_unsupported_layers add_layer(name
+has_bias() pinv(atol pow(p inv(regul) layer.weight layer.bias layerid_to_module impl= mv(vs) vTMv(vector) vjp(v)
+"""
+
+
+@pytest.mark.parametrize("name", OTHERS.split())
+def test_what_differs_has_a_row(name):
+    assert name in PAGE
+
+
+@each(PMatDense, PMatDiag, PMatLowRank)
+def test_damped_functions_take_the_arguments_that_they_took(representation):
+    matrix = fisher(MODEL_CASE, representation)
+    damped = matrix.to_torch() + 0.1 * torch.eye(matrix.size(0), dtype=matrix.dtype)
+    assert_close(matrix.inv(regul=0.1).to_torch(), damped.inverse())
+    assert_close(matrix.pow(2, regul=0.1).to_torch(), damped @ damped)
+    assert_close((matrix + 0.1).pinv(atol=1e-9).to_torch(), damped.inverse())
