@@ -24,7 +24,9 @@ from nngeo import (
     PMatQuasiDiag,
     PVector,
 )
+from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.symmetric import SymmetricMatrix
+from nngeo.representations.quasidiag import QuasiDiagBlock
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 STORED = [PMatDense, PMatBlockDiag, PMatKFAC, PMatEKFAC, PMatLowRank]
@@ -150,6 +152,16 @@ def test_a_dead_input_of_a_quasi_diagonal_matrix_is_solved(dtype):
     dense = F.to_torch().double() + 1e-3 * torch.eye(3)
     v = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
     assert_close(F.solve(v, regul=1e-3), torch.linalg.solve(dense, v.double()).to(dtype), rtol=1e-4, atol=1e-4)
+
+
+@DTYPES
+def test_an_indefinite_row_with_a_weight_of_zero_is_solved(dtype):
+    """As in a difference of two matrices."""
+    view = MatrixView(groups=1, rows=1, columns=2, bias=True)
+    block = QuasiDiagBlock(torch.tensor([0, 2, 1], dtype=dtype), torch.tensor([[[3, 1]]], dtype=dtype), view)
+    dense = torch.tensor([[0.5, 0, 3], [0, 2.5, 1], [3, 1, 1.5]], dtype=dtype)
+    v = torch.tensor([1, 2, 3], dtype=dtype)
+    assert_close(block.solve(v, 0.5), torch.linalg.solve(dense, v))
 
 
 # Twice is enough: what is divided by the damping is orthogonal to the rows
