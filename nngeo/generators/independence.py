@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.outputs import check_outputs, outputs_of
@@ -145,21 +147,32 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
 
 
 def attempt(look: Callable[[Batch], Found], plain: Look, batch: Batch) -> Found:
-    """What a look at a batch gives; an error of torch's (inputs of a wrong width) is told with the shapes of the batch.
+    """What a look at a batch gives, with the errors of `told`."""
+    with told(plain, batch):
+        return look(batch)
+
+
+@contextmanager
+def told(plain: Look, batch: Batch) -> Iterator[None]:
+    """Tell an error of torch's (inputs of a wrong width) with the shapes of the batch, if zeros of them raise it, too.
 
     Raises:
         ValueError: the model does not run on these inputs.
     """
     try:
-        return look(batch)
+        yield
     except (RuntimeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
             raise
         try:
-            plain(batch)
+            plain(Batch(tree_map(_zeros, batch.content)))
         except type(error) as again:
             raise ValueError(f"The model does not run on a batch of {_shapes(batch)}: {again}.") from again
-        raise  # what failed is how it was looked at
+        raise  # what failed is how it was looked at, or these values
+
+
+def _zeros(leaf: Any) -> Any:
+    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _shapes(batch: Batch) -> str:

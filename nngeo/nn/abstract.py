@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo import products
+from nngeo.linalg.arguments import flag, shown, tensor
 from nngeo.linalg.precision import full_precision
 from nngeo.nn.blocks import Blocks, branches, pulled_blocks, pushed_blocks
 from nngeo.nn.flags import as_metric, is_weight, options_of, plain
@@ -64,6 +65,7 @@ class AbstractJacobian(HasJacobian):
 
     def set_weight(self, weight: Tensor) -> None:
         """Write (P,) into the trainable parameters, in place."""
+        tensor("weight", weight, "(P,)")
         if weight.shape != (self._n_params,):
             raise ValueError(f"`weight` has shape {tuple(weight.shape)}; the parameters need {(self._n_params,)}.")
         trainable = [p for p in _module(self).parameters() if p.requires_grad]
@@ -208,6 +210,8 @@ class AbstractJacobian(HasJacobian):
         """
         if self._nothing(wrt):
             return None
+        if not (matrixes is None or (isinstance(matrixes, list | tuple) and len(matrixes) == 3)):
+            raise TypeError(f"`matrixes` should be (M11, M12, M22), or None for identities; got {shown(matrixes)}.")
         m11, m12, m22 = (None, None, None) if matrixes is None else matrixes
         flags = (wrt, from_diag, to_diag, diag_backprop)
         first = self.jTmjp(x1, val1, m11, *flags, **options)
@@ -244,10 +248,12 @@ class AbstractDiagonalJacobian(AbstractJacobian):
         self, x: Any, val: Tensor | None = None, wrt: str = "input", diag: bool = False, **options: Any
     ) -> Tensor | None:
         """J (b, n, n), or its diagonal (b, n)."""
-        if not diag or self._nothing(wrt):
+        if not flag("diag", diag) or self._nothing(wrt):
             return super().jacobian(x, val, wrt, **options)
         if is_weight(wrt):
             raise ValueError("`diag=True` is for the Jacobian by the input; that by the weights is not diagonal.")
+        if tensor("x", x, "(b, ...)").ndim == 0 or not len(x):
+            raise ValueError(f"`x` has the shape {tuple(x.shape)}; it should be (b, ...), of 1 example or more.")
         with own_derivatives(_module(self), root=False):
             return products.vjp(_module(self), x, torch.ones_like(x[0]).reshape(-1), wrt, **options)
 

@@ -7,8 +7,9 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nngeo.linalg.arguments import instance, shown
 from nngeo.nn.containers import Sequential
 from nngeo.nn.twins import Module, twin
 
@@ -32,7 +33,9 @@ def convert_to_nnj(model: nn.Module | Iterable[nn.Module]) -> Module:
     torch.Size([4, 4])
     """
     if not isinstance(model, nn.Module):
-        return Sequential(*(_converted(module, {}) for module in model))
+        if isinstance(model, str | Tensor | type) or not isinstance(model, Iterable):
+            raise TypeError(f"`model` should be a torch.nn.Module, or several; got {shown(model)}.")
+        return Sequential(*(_converted(instance("model", module, nn.Module), {}) for module in model))
     return cast(Module, _converted(model, {}))
 
 

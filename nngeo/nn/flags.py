@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nngeo.linalg.arguments import flag
 from nngeo.products import Diagonal
 
 
@@ -22,6 +23,8 @@ def options_of(to_diag: bool, diag_backprop: bool, matrix: Any, from_diag: bool)
     Raises:
         ValueError: diagonals are to be kept between layers, but a full matrix is given or asked for.
     """
+    for name, value in {"from_diag": from_diag, "to_diag": to_diag, "diag_backprop": diag_backprop}.items():
+        flag(name, value)
     if not diag_backprop:
         return {"result": "diag" if to_diag else "dense"}
     if not to_diag:

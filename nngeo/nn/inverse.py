@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import number
 from nngeo.linalg.decompose import cholesky_factors
 from nngeo.linalg.precision import full_precision
 from nngeo.nn.blocks import Blocks
@@ -24,6 +25,7 @@ def invert_block_diagonal(matrix: Any, damping: float = 0.0) -> Blocks:
     >>> invert_block_diagonal([4 * torch.eye(1), [2 * torch.eye(1)]])
     [tensor([[0.2500]]), [tensor([[0.5000]])]]
     """
+    number("damping", damping)
     if isinstance(matrix, list | tuple):
         return [invert_block_diagonal(block, damping) for block in matrix]
     if not isinstance(matrix, Tensor):

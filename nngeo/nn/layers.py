@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from nngeo.linalg.arguments import count, number
 from nngeo.nn.abstract import AbstractDiagonalJacobian
 from nngeo.nn.twins import Module, stands_for
 
@@ -33,7 +34,9 @@ class Reshape(AbstractDiagonalJacobian, Module):
 
     def __init__(self, *dims: int):
         super().__init__()
-        self.dims = dims
+        self.dims = tuple(count("dims", d, least=-1) for d in dims)
+        if self.dims.count(-1) > 1:
+            raise ValueError(f"`dims` are {self.dims}; only one of them may be -1.")
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), *self.dims)
@@ -75,7 +78,7 @@ class L2Norm(Module):
 
     def __init__(self, eps: float = 1e-6):
         super().__init__()
-        self.eps = eps
+        self.eps = number("eps", eps, least=0)
 
     def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nngeo import products
+from nngeo.generators.independence import told
+from nngeo.generators.outputs import check_outputs, outputs_of
+from nngeo.linalg.arguments import instance, shown, tensor
 from nngeo.linalg.precision import full_precision
 from nngeo.nn.blocks import Blocks, branches, pulled_blocks
 from nngeo.nn.flags import is_weight
 from nngeo.nn.own import own_derivatives
 from nngeo.products import Diagonal, Softmax
+from nngeo.products.evaluation import Evaluation
 
 _REDUCE = {"return all": None, None: None, "sum": "sum", "average": "mean"}
 _METHODS = {"exact": "exact", "approx": "diag_backprop"}
@@ -98,7 +102,7 @@ class LogLikelihood(ABC):
     def _target(self, target: Tensor | None, val: Tensor) -> Tensor:
         if target is None:
             raise ValueError(f"`target` is missing: {type(self).__name__} needs it, but in `ggn`.")
-        if target.shape != val.shape:
+        if tensor("target", target, "like the outputs", real=False).shape != val.shape:
             raise ValueError(f"`target` has shape {tuple(target.shape)}, the model's outputs {tuple(val.shape)}.")
         return target.to(val.dtype)
 
@@ -164,19 +168,22 @@ class LogBernoulli(LogLikelihood):
         return Diagonal((log_p.exp() * -torch.expm1(log_p)).reshape(len(val), -1))
 
     def _target(self, target: Tensor | None, val: Tensor) -> Tensor:
-        if target is not None and target.shape == val.shape[:-1] and not target.is_floating_point():
+        if isinstance(target, Tensor) and target.shape == val.shape[:-1] and not target.is_floating_point():
             target = F.one_hot(target.long(), val.shape[-1])
         return super()._target(target, val)
 
 
 def _outputs(model: nn.Module, x: Any) -> Tensor:
     """Without a graph, of a model that may differentiate inside."""
-    with torch.enable_grad():
-        found = model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
-    return found.detach()
+    evaluation = Evaluation.of(model, x, None)
+    with told(evaluation.run, evaluation.batch), torch.enable_grad():
+        found = outputs_of(evaluation.batch, model, evaluation.function).detach()
+    check_outputs(found, evaluation.batch, model, evaluation.function)
+    return found
 
 
 def _nothing(model: nn.Module, wrt: str) -> bool:
+    instance("model", model, nn.Module)
     return is_weight(wrt) and not any(p.requires_grad for p in model.parameters())
 
 
@@ -185,5 +192,5 @@ def _negative(blocks: Any) -> Any:
 
 
 def _check(name: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise ValueError(f"`{name}` is {value!r}; known are {', '.join(map(repr, known))}.")
+    if not isinstance(value, str | None) or value not in known:
+        raise ValueError(f"`{name}` is {shown(value)}; known are {', '.join(map(repr, known))}.")

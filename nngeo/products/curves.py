@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import count, tensor
 from nngeo.linalg.decompose import pinv
 from nngeo.linalg.precision import FullPrecision
 
@@ -30,7 +31,8 @@ class Curve(FullPrecision, ABC):
     degree: ClassVar[int]
 
     def __post_init__(self) -> None:
-        _check_ends(self.start, self.end)
+        check_ends(self.start, self.end)
+        tensor("coefficients", self.coefficients, "(b, m, ...)")
         b, *shape = self.start.shape
         c = self.coefficients
         if c.ndim < 2 or c.shape[0] != b or c.shape[2:] != tuple(shape) or self.segments < 1:
@@ -42,9 +44,9 @@ class Curve(FullPrecision, ABC):
     @classmethod
     def straight(cls, start: Tensor, end: Tensor, segments: int = 10) -> Self:
         """Straight lines from start to end (b, ...)."""
-        _check_ends(start, end)
-        count = _count(segments, cls.degree)
-        return cls(start, end, start.new_zeros(len(start), count, *start.shape[1:]))
+        check_ends(start, end)
+        m = _count(segments, cls.degree)
+        return cls(start, end, start.new_zeros(len(start), m, *start.shape[1:]))
 
     @classmethod
     def through(cls, points: Tensor, segments: int | None = None) -> Self:
@@ -52,16 +54,17 @@ class Curve(FullPrecision, ABC):
 
         With fewer `segments` than p - 1 they only come close, in the sense of least squares.
         """
+        tensor("points", points, "(b, p, ...)")
         if points.ndim < 2 or points.shape[1] < 2:
             raise ValueError(f"`points` has shape {tuple(points.shape)}; it should be (b, p, ...) with p >= 2 points.")
         start, end = points[:, 0], points[:, -1]
-        count = _count(points.shape[1] - 1 if segments is None else segments, cls.degree)
+        m = _count(points.shape[1] - 1 if segments is None else segments, cls.degree)
         t = torch.linspace(0, 1, points.shape[1], dtype=torch.float64, device=points.device)
-        line = cls.straight(start, end, count - cls.degree + 2)
-        inner = basis(t, count, cls.degree)[0][1:-1]
+        line = cls.straight(start, end, m - cls.degree + 2)
+        inner = basis(t, m, cls.degree)[0][1:-1]
         rest = (points - line(t.to(points)))[:, 1:-1].flatten(2)
         solved = pinv(inner, "matrix of the splines").to(points) @ rest
-        return cls(start, end, solved.reshape(len(points), count, *start.shape[1:]))
+        return cls(start, end, solved.reshape(len(points), m, *start.shape[1:]))
 
     @property
     def segments(self) -> int:
@@ -70,6 +73,7 @@ class Curve(FullPrecision, ABC):
 
     def __call__(self, t: Tensor) -> Tensor:
         """c(t) (b, times, ...), for t (times,) in [0, 1]."""
+        _check_times(t)
         along = t.to(self.start).reshape(-1, *[1] * (self.start.ndim - 1))
         line = self.start[:, None] * (1 - along) + self.end[:, None] * along
         return line + self._combined(basis(t, self.coefficients.shape[1], self.degree)[0])
@@ -108,15 +112,14 @@ class CubicSpline(Curve):
     degree = 3
 
 
-def basis(t: Tensor, count: int, degree: int) -> tuple[Tensor, Tensor]:
-    """Values and derivatives (times, count) of the B-splines that vanish at 0 and 1, by de Boor's recursion.
+def basis(t: Tensor, m: int, degree: int) -> tuple[Tensor, Tensor]:
+    """Values and derivatives (times, m) of the B-splines that vanish at 0 and 1, by de Boor's recursion.
 
     Raises:
         ValueError: times outside of [0, 1].
     """
-    if t.ndim != 1 or not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"`t` has shape {tuple(t.shape)}; it should hold times (times,) between 0 and 1.")
-    segments = count - degree + 2
+    _check_times(t)
+    segments = m - degree + 2
     t = t.detach().double()
     inner = torch.linspace(0, 1, segments + 1, dtype=t.dtype, device=t.device)
     knots = torch.cat([inner[:1].expand(degree), inner, inner[-1:].expand(degree)])
@@ -139,16 +142,23 @@ def _shares(t: Tensor, knots: Tensor, d: int) -> tuple[tuple[Tensor, Tensor], tu
 
 
 def _count(segments: int, degree: int) -> int:
-    if not isinstance(segments, int) or segments < 1:
-        raise ValueError(f"`segments` is {segments!r}; it should be 1 or more.")
-    return segments + degree - 2
+    return count("segments", segments) + degree - 2
 
 
-def _check_ends(start: Tensor, end: Tensor) -> None:
+def _check_times(t: Tensor) -> None:
+    tensor("t", t, "(times,)", ndim=1)
+    if t.is_meta or not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError("`t` should hold times between 0 and 1.")
+
+
+def check_ends(start: Tensor, end: Tensor) -> None:
+    """Raise unless these are the ends (b, ...) of b curves."""
     if not (isinstance(start, Tensor) and isinstance(end, Tensor)):
         raise TypeError(
             f"`start` and `end` are {type(start).__name__} and {type(end).__name__}; give tensors (b, ...)."
         )
+    if not start.is_floating_point():
+        raise TypeError(f"`start` and `end` are {start.dtype}; they should be floating-point numbers.")
     if start.shape != end.shape or start.ndim < 2 or start.dtype != end.dtype or start.device != end.device:
         raise ValueError(
             f"`start` is {tuple(start.shape)}, {start.dtype} on {start.device}, and `end` is {tuple(end.shape)}, "

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeo.linalg.arguments import shown
+
 Visit = Callable[[nn.Module, Tensor], "Passage"]  # run a child of a container
 
 
@@ -84,7 +86,13 @@ def register_diag_rule(*module_types: type[nn.Module]) -> Callable[[type[DiagRul
     Modules without a rule are one layer each, whatever they contain: the exact diagonal is taken there.
     """
 
+    for kind in module_types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"`module_types` should be classes of torch.nn.Module; got {shown(kind)}.")
+
     def register(rule: type[DiagRule]) -> type[DiagRule]:
+        if not (isinstance(rule, type) and issubclass(rule, DiagRule)):
+            raise TypeError(f"`rule` should be a class that inherits from DiagRule; got {shown(rule)}.")
         for kind in module_types:
             _RULES[kind] = rule()
         return rule

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
+from nngeo.linalg.arguments import flag, instance, shown
 from nngeo.linalg.precision import full_precision
 from nngeo.products.curves import Curve, DiscreteCurve
 from nngeo.products.metrics import Metric
@@ -46,7 +47,7 @@ def curve_energy(
     >>> curve_energy(flat, torch.tensor([[[0.0, 0.0], [1.0, 2.0]]]))
     tensor([5.])
     """
-    with torch.set_grad_enabled(create_graph):
+    with torch.set_grad_enabled(flag("create_graph", create_graph)):
         squares, weights = _squares(model, curve, metric, method, points, function, create_graph)
         return squares @ weights
 
@@ -68,7 +69,7 @@ def curve_length(
     >>> curve_length(nn.Identity(), corner)
     tensor([3.])
     """
-    with torch.set_grad_enabled(create_graph):
+    with torch.set_grad_enabled(flag("create_graph", create_graph)):
         squares, weights = _squares(model, curve, metric, method, points, function, create_graph)
         # The root has no derivative where a curve stands still; there the length has 0.
         still = squares <= 0
@@ -85,11 +86,14 @@ def _squares(
     create_graph: bool,
 ) -> tuple[Tensor, Tensor]:
     """Squared speeds (b, times), and what each counts in an integral over [0, 1]."""
-    if method not in METHODS:
-        raise ValueError(f"Unknown method {method!r}; known are {', '.join(METHODS)}.")
-    if not isinstance(points, int) or points < 1:
-        raise ValueError(f"`points` is {points!r}; it should be a number for each segment, 1 or more.")
-    c = DiscreteCurve.through(curve) if isinstance(curve, Tensor) else curve
+    check_method(method)
+    if not isinstance(points, int) or isinstance(points, bool) or points < 1:
+        raise ValueError(f"`points` is {shown(points)}; it should be a number for each segment, 1 or more.")
+    c = (
+        DiscreteCurve.through(curve)
+        if isinstance(curve, Tensor)
+        else instance("curve", curve, Curve, "or points (b, p, n)")
+    )
     t, weights = quadrature(c.segments, points) if method == "metric" else _equidistant(c.segments * points)
     at_t, t = c(t.to(c.start.device)), t.to(c.start.device)
     x = at_t.flatten(0, 1)
@@ -108,6 +112,12 @@ def _squares(
         speeds = at.push(c.derivative(t).reshape(1, at.domain.b, at.domain.d))
         squares = (speeds * m.apply(speeds, at.codomain)).sum(-1)[0].reshape(at_t.shape[:2])
     return squares, weights.to(squares)
+
+
+def check_method(method: Any) -> None:
+    """Raise unless it is one of those known."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"Unknown method {shown(method)}; known are {', '.join(METHODS)}.")
 
 
 def derivative_jumps(model: nn.Module, curve: Curve, points: int, function: Function | None) -> bool:

@@ -15,10 +15,20 @@ from torch.utils._pytree import tree_map
 
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.mappings import as_dicts
+from nngeo.generators.untouched import untouched
 from nngeo.layers.models import check_usable
+from nngeo.linalg.arguments import callback
 
 Wrt = str | Sequence[str]
 Place = int | str  # of an argument: its position, or its key
+
+
+def of_weights(wrt: Wrt) -> bool:
+    """Whether `wrt` means the weights, not inputs."""
+    names = [wrt] if isinstance(wrt, str) else wrt
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'`wrt` is {wrt!r}; it should be "input", "weight", or the name of an argument, or several.')
+    return isinstance(wrt, str) and wrt in ("weight", "weights")
 
 
 class Runner:
@@ -57,6 +67,7 @@ class Evaluation:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` is a {type(model).__name__}; it should be a torch.nn.Module.")
         check_usable(model)
+        callback("function", function, "of the arguments", optional=True)
         if isinstance(x, Tensor):
             content: Any = (x,)
         elif isinstance(x, Mapping):
@@ -70,12 +81,21 @@ class Evaluation:
             )
         with torch.inference_mode(False):
             batch = Batch(tree_map(partial(_usable, detached=detached), content))
+        if not batch.tensors():
+            raise ValueError("`x` holds no tensors.")
+        if any(tensor.is_meta for tensor in batch.tensors()):
+            raise ValueError("`x` is on the device 'meta', where tensors have no entries: give one with data.")
         if batch.size == 0:
             raise ValueError("`x` holds no examples: its first tensor has length 0.")
         keywords = isinstance(content, dict)
         own = _RUNNERS.setdefault(model, {})
         run = function or own.setdefault(keywords, Runner(model, keywords))
         return cls(model, run, batch, function is not None)
+
+    def run(self, batch: Batch) -> Any:
+        """What the function returns for a batch."""
+        with untouched(self.model), torch.enable_grad():
+            return batch.run(self.model, self.function)
 
     def arguments(self) -> dict[Place, Any]:
         """The arguments by their places."""
@@ -99,6 +119,7 @@ class Evaluation:
             ValueError: no argument has that name, or "input" could mean several; with the names there are.
             TypeError: an argument that can't be differentiated.
         """
+        of_weights(wrt)
         names = self._names()
         floating = [name for name in names if self._reason(name, names[name]) is None]
         if isinstance(wrt, str) and wrt in ("input", "inputs") and (wrt not in floating or len(floating) == 1):

@@ -12,11 +12,12 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
+from nngeo.linalg.arguments import count, instance, number
 from nngeo.linalg.cg import ConvergenceWarning
 from nngeo.linalg.decompose import cholesky
 from nngeo.linalg.precision import full_precision
-from nngeo.products.curves import CubicSpline, Curve, DiscreteCurve, basis
-from nngeo.products.energy import curve_energy, curve_length, derivative_jumps, quadrature
+from nngeo.products.curves import CubicSpline, Curve, DiscreteCurve, basis, check_ends
+from nngeo.products.energy import check_method, curve_energy, curve_length, derivative_jumps, quadrature
 from nngeo.products.outputmetric import OutputMetric
 
 KINDS: dict[str, type[Curve]] = {"spline": CubicSpline, "discrete": DiscreteCurve}
@@ -85,9 +86,17 @@ def geodesics(
     >>> bool(found.converged), torch.allclose(found.length, found.straight_length)
     (True, True)
     """
+    count("points", points)
+    number("tol", tol, least=0)
+    count("max_evaluations", max_evaluations)
     first = _first(curve, start, end, segments)
+    if method is not None:
+        check_method(method)
     kinks = method is None and derivative_jumps(model, first, points, function)
-    options: dict[str, Any] = {"metric": metric, "method": method or ("chords" if kinks else "metric")}
+    options: dict[str, Any] = {
+        "metric": metric,
+        "method": "chords" if kinks else method or "metric",
+    }
     options |= {"points": points, "function": function}
     search = _Search(model, first, options, tol, max_evaluations, kinks)
     if optimizer == "l-bfgs":
@@ -280,11 +289,14 @@ def _on_the_line(curve: Curve) -> Tensor:
 
 
 def _first(curve: str | Curve, start: Tensor, end: Tensor, segments: int) -> Curve:
+    check_ends(start, end)
     if isinstance(curve, str):
         if curve not in KINDS:
             raise ValueError(f"Unknown curve {curve!r}; known are {', '.join(KINDS)}, or give curves to begin with.")
         return KINDS[curve].straight(start.detach(), end.detach(), segments)
-    if curve.start.shape != start.shape or not (torch.equal(curve.start, start) and torch.equal(curve.end, end)):
+    if instance("curve", curve, Curve, f"or one of {', '.join(KINDS)}").start.shape != start.shape or not (
+        torch.equal(curve.start, start) and torch.equal(curve.end, end)
+    ):
         raise ValueError("`curve` does not go from `start` to `end`; geodesics keep the ends of the curves given.")
     return type(curve)(start.detach(), end.detach(), curve.coefficients.detach())
 

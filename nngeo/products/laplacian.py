@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
 from nngeo.generators.differentiable import differentiable
-from nngeo.generators.independence import FEW
+from nngeo.generators.independence import FEW, told
 from nngeo.generators.outputs import check_outputs, outputs_of, random_like
 from nngeo.layers.collection import LayerCollection
+from nngeo.linalg.arguments import flag, shown
 from nngeo.linalg.precision import full_precision
-from nngeo.products.evaluation import Evaluation, Place, Wrt
+from nngeo.products.evaluation import Evaluation, Place, Wrt, of_weights
 from nngeo.products.facts import facts_of
 from nngeo.products.graph import gradients
 from nngeo.products.metrics import Dense
@@ -73,15 +74,16 @@ def forward_laplacian(
     >>> torch.allclose(found.laplacian, 2 * f.weight[0].trace())
     True
     """
-    if method not in METHODS:
-        raise ValueError(f"Unknown method {method!r}; known are {', '.join(METHODS)}.")
-    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
-        raise ValueError(f"`chunk` is {chunk!r}; it should be a number of columns, 1 or more.")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"Unknown method {shown(method)}; known are {', '.join(METHODS)}.")
+    flag("create_graph", create_graph)
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        raise ValueError(f"`chunk` is {shown(chunk)}; it should be a number of columns, 1 or more.")
     evaluation = Evaluation.of(model, x, function)
-    if wrt in ("weight", "weights"):
+    if of_weights(wrt):
         raise ValueError(f'wrt={wrt!r} has no forward Laplacian; it is by the inputs: "input", or names of arguments.')
     run = _Run(evaluation, evaluation.inputs(wrt), create_graph)
-    with run.opened():
+    with told(evaluation.run, evaluation.batch), run.opened():
         facts = facts_of(evaluation, LayerCollection(), tuple(run.places))
         v, signs = columns_of(metric, run.space)
         try:
@@ -95,6 +97,7 @@ def forward_laplacian(
         except (RuntimeError, TypeError) as error:
             if method != "auto":
                 raise
+            evaluation.run(evaluation.batch)  # which raises where the model does not run on these inputs
             warnings.warn(
                 f"No forward pass carries the Laplacian of this model: {error}. Hessian-vector products instead, one "
                 'for each output and column, which are slower; method="backward" asks for them.',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from nngeo.generators.batches import Function
-from nngeo.layers.collection import LayerCollection
+from nngeo.generators.independence import told
+from nngeo.layers.collection import LayerCollection, checked_layers
 from nngeo.layers.models import check_structure
+from nngeo.linalg.arguments import count, flag
 from nngeo.products.contexts import frozen, undisturbed
 from nngeo.products.differential import BUDGET, Differential
-from nngeo.products.evaluation import Evaluation, Wrt
+from nngeo.products.evaluation import Evaluation, Wrt, of_weights
 from nngeo.products.graph import InputGraph, WeightGraph
 from nngeo.products.inputs import InputDifferential
 from nngeo.products.plainnorms import many_derivatives
@@ -43,10 +45,18 @@ def differential(
     Raises:
         ValueError: an unknown `wrt`, examples that influence each other, a layer in train mode that mixes or draws, ...
     """
+    flag("create_graph", create_graph)
     evaluation = Evaluation.of(model, x, function, detached=not create_graph)
-    if budget is not None and not (isinstance(budget, int) and budget > 0):
-        raise ValueError(f"`budget` is {budget!r}; it should be a number of elements, 1 or more.")
-    held = BUDGET if budget is None else budget
+    held = BUDGET if budget is None else count("budget", budget)
+    with told(evaluation.run, evaluation.batch), _opened(evaluation, wrt, layer_collection, create_graph, held) as at:
+        yield at
+
+
+@contextmanager
+def _opened(
+    evaluation: Evaluation, wrt: Wrt, layer_collection: LayerCollection | None, create_graph: bool, held: int
+) -> Iterator[Differential]:
+    model = evaluation.model
     if of_weights(wrt):
         layers = layers_of(model, layer_collection)
         if create_graph:
@@ -69,18 +79,10 @@ def differential(
             yield InputDifferential(evaluation, places, held)
 
 
-def of_weights(wrt: Wrt) -> bool:
-    """Whether `wrt` means the weights, not inputs."""
-    names = [wrt] if isinstance(wrt, str) else wrt
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f'`wrt` is {wrt!r}; it should be "input", "weight", or the name of an argument, or several.')
-    return isinstance(wrt, str) and wrt in ("weight", "weights")
-
-
 def layers_of(model: nn.Module, layer_collection: LayerCollection | None) -> LayerCollection:
     """The layers asked for, by default all of the model that are trained."""
     check_structure(model)
-    layers = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+    layers = LayerCollection.from_model(model) if layer_collection is None else checked_layers(layer_collection)
     if not len(layers):
         raise ValueError("`layer_collection` has no layers; make one by LayerCollection.from_model(model).")
     return layers

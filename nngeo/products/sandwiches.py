@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nngeo.linalg.arguments import random_source
 from nngeo.linalg.precision import full_precision
 from nngeo.products.diagbackprop import diag_backprop
 from nngeo.products.differential import finished
@@ -88,6 +89,7 @@ def jmjTp(
 
 def _product(back, model, x, metric, wrt, result, method, reduce, x2, samples, generator, options):
     _check(back, result, method, reduce, x2, samples)
+    random_source(generator)
     m = as_metric(metric)
     # Behind a function, or with several arguments, there are no layers to go through: all is one, which is exact.
     if method == "diag_backprop" and options.get("function") is None and isinstance(x, Tensor):
@@ -134,7 +136,7 @@ def _check(back: bool, result: str, method: str, reduce: str | None, x2: Any, sa
     if result == "factor" and (method == "mc" or x2 is not None):
         raise ValueError("result='factor' has method='exact' only, and no `x2`: a product of two maps is no V V'.")
     try:
-        enough = operator.index(samples) >= 1
+        enough = operator.index(samples) >= 1 and not isinstance(samples, bool)
     except TypeError:
         enough = False
     if not enough:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.arguments import shown
 from nngeo.products.metrics import Dense, Identity, Metric, Signed, check_shape, of_examples
 from nngeo.products.space import Space
 from nngeo.representations import Block, LayerwisePMat, PFMapDense, PMat
@@ -35,6 +36,8 @@ class BlockDiagonal(Metric):
         return all(Dense(block).symmetric for block in self.blocks.values())
 
     def check(self, space: Space) -> None:
+        if not isinstance(self.blocks, Mapping):
+            raise TypeError(f"BlockDiagonal should have a dict of blocks (p, p) by name; got {shown(self.blocks)}.")
         if set(self.blocks) != set(space.sizes):
             raise ValueError(
                 f"The metric BlockDiagonal has blocks {list(self.blocks)}; for the {space.what} they should be "

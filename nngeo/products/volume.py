@@ -14,7 +14,7 @@ from nngeo.products.evaluation import Wrt
 from nngeo.products.functions import Options
 from nngeo.products.metrics import Identity
 from nngeo.products.opening import differential
-from nngeo.products.outputmetric import OutputMetric, metric_at
+from nngeo.products.outputmetric import OutputMetric, metric_at, outputs_of
 
 try:
     from typing import Unpack
@@ -59,6 +59,7 @@ def log_volume(
     with differential(model, x, wrt, **options) as at:
         m = metric_at(metric, at.codomain, model, x, options.get("function"), create_graph)
         if at.codomain.d < at.domain.d:
+            outputs_of(model, x, options.get("function"), False)  # which checks them
             return at.codomain.like.new_full((at.codomain.b,), -torch.inf)
         q, r = torch.linalg.qr(at.jacobian())
         edges = r.diagonal(dim1=-2, dim2=-1).abs()
