@@ -79,6 +79,14 @@ def test_the_gradient_of_a_quadratic_form_is_twice_the_product():
         assert_close(F.vTMv(v), v @ F.mv(v))
 
 
+def test_a_quadratic_form_has_derivatives_of_any_order():
+    F, dense = FIM(net(), (data(),), PMatImplicit), FIM(net(), (data(),), PMatDense).to_torch()
+    v = torch.randn(F.size(0), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F.vTMv(v), v, create_graph=True)
+    (bend,) = torch.autograd.grad(slope @ v.detach(), v)
+    assert_close(bend, 2 * dense @ v)
+
+
 def test_quadratic_forms_record_no_graph():
     model, recorded = net(), []
     F = FIM(model, (data(),), PMatImplicit)

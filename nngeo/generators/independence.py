@@ -17,7 +17,7 @@ from nngeo.generators.batches import Batch, Function
 from nngeo.generators.outputs import check_outputs, outputs_of
 from nngeo.generators.reads import Reads
 from nngeo.generators.untouched import Snapshot
-from nngeo.layers.caches import filled, find
+from nngeo.layers.caches import find
 from nngeo.layers.turn import TURN
 
 FEW = 6  # examples on which a model is looked at before a sweep
@@ -129,9 +129,7 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
 
     before = _random_states()
     try:
-        if filled(model):
-            with Snapshot(model).restored(), torch.enable_grad():
-                find(model, lambda: outputs_of(batch, model, function))
+        find(model, lambda: outputs_of(batch, model, function), lambda: Snapshot(model).restored())
         outputs = attempt(look or plain, plain, batch)
         draws = any(not torch.equal(s, t) for s, t in zip(before, _random_states(), strict=True))
         if draws and any(not torch.equal(outputs, plain(batch)) for _ in range(3)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -57,13 +57,16 @@ def note_filled(module: nn.Module, name: str, empty: Any, value: Any) -> None:
         _EMPTY.setdefault(module, {})[name] = empty
 
 
-def find(model: nn.Module, forward: Callable[[], Any]) -> None:
-    """Look for places that were filled before: emptied, `forward` fills them with the same values, with gradients."""
+def find(model: nn.Module, forward: Callable[[], Any], restored: Callable[[], AbstractContextManager]) -> None:
+    """Look for places that were filled before: emptied, `forward` fills them with the same values, with gradients.
+
+    Each attempt is inside `restored`, which puts back what a forward does to the model.
+    """
     for name, modules in filled(model).items():
         for absent in (False, True):
             # A buffer that is empty is None.
             empty = [(m, name, _empty_as(read(m, name), absent and name in vars(m))) for m in modules]
-            with _set(empty) as before:
+            with restored(), _set(empty) as before, torch.enable_grad():
                 try:
                     forward()
                 except Exception:  # whatever a model raises without something that it needs
@@ -81,13 +84,14 @@ def read(module: nn.Module, name: str) -> Any:
 
 
 def filled(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """By name, the modules that keep tensors in attributes, or in buffers of no state dict."""
+    """By name, the modules that keep tensors, but parameters, in attributes, or in buffers of no state dict."""
     found: dict[str, list[nn.Module]] = {}
     for m in model.modules():
         # The attributes of scripted modules are not Python's.
         names = [] if isinstance(m, torch.jit.ScriptModule) else [*vars(m), *m._non_persistent_buffers_set]
         for name in names:
-            if name not in INTERNAL and any(x.is_floating_point() for x in _tensors(read(m, name))):
+            held = [x for x in _tensors(read(m, name)) if not isinstance(x, nn.Parameter)]
+            if name not in INTERNAL and any(x.is_floating_point() for x in held):
                 found.setdefault(name, []).append(m)
     return found
 

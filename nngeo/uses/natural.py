@@ -14,6 +14,7 @@ from nngeo.factories import FIM
 from nngeo.generators import Generator
 from nngeo.layers.collection import LayerCollection, layers_of
 from nngeo.linalg.arguments import callback, choice, count, flag, instance, number
+from nngeo.linalg.decompose import pinv
 from nngeo.linalg.precision import FullPrecision
 from nngeo.representations import PMat, PMatImplicit, PMatKFAC
 from nngeo.uses.averages import averaged
@@ -253,8 +254,7 @@ class NaturalGradient(FullPrecision, torch.optim.Optimizer):
         damping = group["damping"] + group["weight_decay"]
         curvature = rows @ (F.mv(rows.to(F.dtype)).to(rows) + damping * rows).mT
         slope = rows @ g
-        coefficients = -torch.linalg.lstsq(curvature.double().cpu(), slope.double().cpu()[:, None]).solution[:, 0]
-        coefficients = group["lr"] * coefficients.to(rows)
+        coefficients = -group["lr"] * (pinv(curvature.double()) @ slope.double()).to(rows)
         foreseen = slope @ coefficients + coefficients @ curvature @ coefficients / 2
         move = coefficients @ rows
         self._remember(move)
