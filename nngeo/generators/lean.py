@@ -15,6 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from nngeo.generators.maps import Affine, Convolution, Linear, Norm, Part
@@ -60,8 +61,7 @@ def _plain(inputs: list[Any]) -> bool:
         and all(x.dtype == tensors[0].dtype for x in tensors)
         and not torch._C._are_functorch_transforms_active()
         # Checkpointing: what is run again in a backward pass has to save the same, and is run without this mode.
-        and SAVING is not None
-        and SAVING(True) is None
+        and not _saved_elsewhere()
     )
 
 
@@ -70,8 +70,13 @@ def _dual_numbers() -> bool:
     return forward_ad._current_level >= 0
 
 
-# The hooks for what graphs save, if there are any; torch before 2.8 does not tell.
-SAVING = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+def _saved_elsewhere() -> bool:
+    """Whether there are hooks for what graphs save: torch refuses to forbid them then, and before 2.8 tells it only so."""
+    try:
+        with disable_saved_tensors_hooks("none are there"):
+            return False
+    except RuntimeError:
+        return True
 
 
 class _AffineFunction(torch.autograd.Function):
