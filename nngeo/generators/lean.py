@@ -71,7 +71,7 @@ def _dual_numbers() -> bool:
 
 
 def _saved_elsewhere() -> bool:
-    """Whether there are hooks for what graphs save: torch refuses to forbid them then, and before 2.8 tells it only so."""
+    """Whether hooks save what graphs keep: torch refuses to forbid them then; before 2.8 it tells in no other way."""
     try:
         with disable_saved_tensors_hooks("none are there"):
             return False
