@@ -111,15 +111,15 @@ def test_an_engine_that_is_dropped_takes_its_hooks_along():
 @each_case
 def test_the_forward_pass_is_the_same_with_an_engine(case):
     model = case.make()
-    before = losses(case, model)
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    plain = deepcopy(model)  # a forward may change a buffer: torch 2.6 rounds the running mean of instance norm anew
+    before = losses(case, plain)
     random = torch.get_rng_state()
     engine = Engine(model, batch_dim=0)
     found = losses(case, model)
     with slow_accepted():
         engine.compute_gramian(found)
     assert_close(found, before, rtol=0, atol=0)
-    assert_close(dict(model.named_buffers()), state, rtol=0, atol=0)
+    assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in model.parameters())
 
