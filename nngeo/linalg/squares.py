@@ -31,7 +31,7 @@ def add_squared_products(total: Tensor, g: Tensor, a: Tensor, rotation: Tensor |
             products = inner(right, left).mT if turn else inner(left, right)
             if rotation is not None:
                 products = inner(products.flatten(1, 2), rotation).unflatten(1, products.shape[1:3])
-            total[:, rows] += products.unflatten(2, (k, -1)).square_().sum((1, 2))
+            total[:, rows].add_(products.unflatten(2, (k, -1)).square_().sum((1, 2)))
 
 
 def _add_one_by_one(total: Tensor, g: Tensor, a: Tensor) -> None:

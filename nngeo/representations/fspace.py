@@ -74,9 +74,9 @@ class FMatDense(Estimate):
         for name in self.layer_collection:
             for i, j, tile in gram_tiles(rows.of_layer(name), None if columns is rows else columns.of_layer(name)):
                 row, column = rows.pieces[i], columns.pieces[j]
-                data[row.outputs, row.examples, column.outputs, column.examples] += tile
+                data[row.outputs, row.examples, column.outputs, column.examples].add_(tile)
                 if columns is rows and i != j:
-                    data[column.outputs, column.examples, row.outputs, row.examples] += tile.permute(2, 3, 0, 1)
+                    data[column.outputs, column.examples, row.outputs, row.examples].add_(tile.permute(2, 3, 0, 1))
         return data, rows.n
 
     def _checked_size(self, batches: Iterable[BatchRecord], n: int, other: Any) -> Iterator[BatchRecord]:

@@ -79,6 +79,7 @@ PRODUCTS |= {  # which not every build of torch has
     if hasattr(torch.ops.mkldnn, name)
 }
 UNWRITTEN = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+UNWRITTEN |= {aten._unsafe_view}  # a view that torch does not call one
 LIKE_A_PRODUCT = re.compile(r"(^|_)(\w*mm|\w*mv|v?dot|matmul|linear|conv\w*|\w*attention\w*|einsum|tensordot)(_|$)")
 
 

@@ -66,9 +66,9 @@ def gramian(left: Rows, right: Rows, *, per_layer: bool = False, first: Pulled |
                     found[key] = found[key].add_(tile) if key in found else tile
                     continue
                 whole = found.setdefault(key, left.zeros(right, tile))
-                whole[ks, bs, ls, cs] += tile
+                whole[ks, bs, ls, cs].add_(tile)
                 if same and (ls, cs) != (ks, bs):
-                    whole[ls, cs, ks, bs] += tile.permute(2, 3, 0, 1)
+                    whole[ls, cs, ks, bs].add_(tile.permute(2, 3, 0, 1))
     return found
 
 
