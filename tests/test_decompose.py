@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from math import comb
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,15 @@ def test_a_cholesky_factor_that_rounding_breaks_is_made_in_double():
     (lower,) = cholesky_attempts(matrix, 2.0**-50)
     assert lower.dtype == torch.float64
     assert_close(lower[1, 1].square(), torch.tensor(2.0**-50, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("n", [8, 10, 12])
+def test_a_cholesky_factor_has_the_digits_of_its_dtype_where_the_pivots_are_small(n):
+    """Pascal's symmetric matrix from its largest entry on, of determinant 1, where float32 finds 1.9 for log |L|."""
+    matrix = torch.tensor([[float(comb(i + j, i)) for j in reversed(range(n))] for i in reversed(range(n))])
+    lower = cholesky(matrix)
+    assert lower.dtype == torch.float32
+    assert_close(lower.diagonal().log().sum(), torch.tensor(0.0), rtol=0, atol=1e-5)
 
 
 def test_a_matrix_without_a_cholesky_factor_is_refused():

@@ -192,3 +192,35 @@ def test_a_matrix_that_float32_can_hold_but_not_factorise_is_factorised_in_float
     entries = [[float(comb(i + j, i)) for j in reversed(range(n))] for i in reversed(range(n))]
     F = PMatDense(LayerCollection.from_model(nn.Linear(n, 1, bias=False)), data=torch.tensor(entries))
     assert_close(F.logdet(), torch.tensor(0.0), rtol=0, atol=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize("damping", [1e-3, 1e-6, 1e-9])
+def test_rows_that_span_everything_leave_no_digits_to_woodburys_identity(damping, dtype):
+    """The sum has the condition of R'R, whatever the diagonal: its inverse has the digits of a dense one."""
+    torch.manual_seed(0)
+    layers = LayerCollection.from_model(nn.Linear(20, 1))
+    F = PMatLowRank(layers, data=torch.randn(1, 60, 21, dtype=dtype))
+    diagonal, v = damping * (1 + torch.rand(21, dtype=dtype)), torch.randn(21, dtype=dtype)
+    exact = (F.to_torch() + diagonal.diag()).double()
+    expected = torch.linalg.solve(exact, v.double()).to(dtype)
+    tolerance = {"rtol": 1e3 * torch.finfo(dtype).eps, "atol": 100 * torch.finfo(dtype).eps}
+    for found in ((F + diagonal).solve(v, regul=0), (F + diagonal).inv().mv(v)):
+        assert_close(found, expected, **tolerance)
+    assert_close((F + diagonal).logdet(), torch.logdet(exact).to(dtype), **tolerance)
+
+
+@DTYPES
+def test_a_small_diagonal_where_the_rows_are_does_not_cancel(dtype):
+    layers = LayerCollection.from_model(nn.Linear(3, 1, bias=False))
+    F = PMatLowRank(layers, data=torch.tensor([[[10.0, 0.0, 1.0]]], dtype=dtype))
+    diagonal = torch.tensor([1e-7, 1.0, 1.0], dtype=dtype)
+    exact, v = (F.to_torch() + diagonal.diag()).double(), torch.ones(3, dtype=dtype)
+    solved = (F + diagonal).solve(v, regul=0)
+    assert_close(solved, torch.linalg.solve(exact, v.double()).to(dtype), rtol=2e-4, atol=0)
+
+
+def test_the_default_damping_of_low_rank_matrices_asks_for_no_singular_values(monkeypatch):
+    F = PMatLowRank(LayerCollection.from_model(nn.Linear(3, 1)), data=torch.randn(1, 2, 4))
+    monkeypatch.setattr(PMatLowRank, "svd", lambda self: pytest.fail("singular values"))
+    F.solve(torch.ones(4), solve="cg", rtol=1.0)

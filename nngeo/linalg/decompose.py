@@ -66,12 +66,12 @@ def pinv(matrix: Tensor, what: str = "matrix") -> Tensor:
 
 
 def cholesky(matrix: Tensor, what: str = "matrix") -> Tensor:
-    """The lower factor L (p, p) of a positive definite matrix, in its dtype; differentiable.
+    """The lower factor L (p, p) of a positive definite matrix, in its dtype, computed in float64; differentiable.
 
     Raises:
-        ValueError: it is not positive definite, in float64 either.
+        ValueError: it is not positive definite.
     """
-    for lower in cholesky_attempts(matrix):
+    for lower in cholesky_attempts(matrix.double()):
         return lower.to(matrix.dtype)
     raise ValueError(f"The {what} {_size(matrix)} is not positive definite.")
 

@@ -118,9 +118,9 @@ class LowRankPlusDiagonal:
         return LowRankPlusDiagonal(vectors, weights, rest, lambda: (weights, vectors))
 
     def solve(self, v: Tensor) -> Tensor:
-        """The inverse times v (..., P), without the cancellation between the two terms of `inverse()`."""
+        """The inverse times v (..., P): in float64, where the two terms of `inverse()` cancel."""
         if not self.isotropic:
-            return self.inverse().mv(v)
+            return self._double().inverse().mv(v.double()).to(v.dtype)
         values, vectors = self.eigen()
         new = power(self.eigenvalues(), -1.0)
         within = v @ vectors.mT
@@ -148,6 +148,13 @@ class LowRankPlusDiagonal:
         lower, _, values = self._capacitance()
         return logarithm(self.diagonal).sum() + 2 * lower.diagonal().log().sum() + values.log().sum()
 
+    def _double(self) -> LowRankPlusDiagonal:
+        def thin() -> Thin:
+            values, vectors = self.eigen()
+            return values.double(), vectors.double()
+
+        return LowRankPlusDiagonal(self.rows.double(), self.weights.double(), self.diagonal.double(), thin)
+
     def _capacitance(self) -> tuple[Tensor, Tensor, Tensor]:
         """The Cholesky factor (m, m) of `1/c + V 1/d V'`, with the rows V (m, P) and weights c of the eigenbasis."""
         values, vectors = self.eigen()
@@ -159,3 +166,11 @@ class LowRankPlusDiagonal:
     def positive(self) -> bool:
         """Whether both terms are positive, so that Woodbury's identity needs nothing else."""
         return bool((self.diagonal > 0).all()) and bool((self.eigen()[0] >= 0).all())
+
+    @property
+    def invertible(self) -> bool:
+        """Whether its form inverts it: by eigenvectors, or by Woodbury's identity.
+
+        With as many rows as columns the latter has digits for the small diagonal, and few for the large sum.
+        """
+        return self.isotropic or (self.rows.shape[0] < self.rows.shape[1] and self.positive)

@@ -89,8 +89,9 @@ class PMatLowRank(PMat):
         return solved if full else solved + outside / regul
 
     def _resolution(self) -> float:
-        s = self.svd()[0].detach()
-        return 10 * torch.finfo(s.dtype).eps * float(length(s.square()))
+        cache = self.__dict__.setdefault("_cache", Cache())  # without the singular values, which "cg" does not need
+        size = cache.get("size", (id(self.data), *version(self.data)), lambda: float(self._norm("fro").detach()))
+        return 10 * torch.finfo(self.dtype).eps * size
 
     def _diag(self) -> Tensor:
         return self.rows.square().sum(0)

@@ -76,7 +76,7 @@ class PMatLowRankPlusDiag(PMat):
 
     def _solve(self, v: Tensor, regul: float) -> Tensor:
         data = self.data.shifted(self.data.diagonal.new_tensor(regul))
-        return data.solve(v) if data.isotropic or data.positive else self._as_dense()._solve(v, regul)
+        return data.solve(v) if data.invertible else self._as_dense()._solve(v, regul)
 
     def _resolution(self) -> float:
         return 10 * torch.finfo(self.dtype).eps * float(self._norm("fro").detach())
@@ -106,12 +106,12 @@ class PMatLowRankPlusDiag(PMat):
         return self._of(self.data.function(f)) if self.data.isotropic else self._as_dense()._function(f)
 
     def _inverse(self) -> PMat:
-        if self.data.isotropic or self.data.positive:
+        if self.data.invertible:
             return self._of(self.data.inverse())
         return self._as_dense().inv()
 
     def _logdet(self) -> Tensor:
-        return self.data.logdet() if self.data.isotropic or self.data.positive else self._as_dense().logdet()
+        return self.data.logdet() if self.data.invertible else self._as_dense().logdet()
 
     def _spectrum(self) -> Spectrum:
         require_eigenbasis(self)
@@ -138,7 +138,7 @@ class PMatLowRankPlusDiag(PMat):
         z = torch.randn(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
         z1, z2 = z[:, : len(values)], z[:, len(values) :]
         draws = (z1 * values.sqrt()) @ vectors + z2 * self.data.diagonal.sqrt()
-        return self.data.solve(draws) if flag("inverse", inverse) else draws
+        return self._solve(draws, 0.0) if flag("inverse", inverse) else draws
 
     # Sums and state
 
