@@ -18,6 +18,7 @@ import nngeo
 from nngeo import FIM, GGN, NTK, FIM_MonteCarlo, Jacobian, PMatDense, PMatDiag, PMatImplicit
 from nngeo.generators import plans, sizing
 from nngeo.generators.recording import Recording
+from nngeo.generators.remembered import Remembered
 from nngeo.layers.conv import ConvolutionRule
 from nngeo.layers.rule import LinearMapRule, rule_for
 from nngeo.linalg import outer
@@ -54,7 +55,7 @@ def tiny() -> Iterator[Callable[[int], None]]:
     with pytest.MonkeyPatch.context() as patch:
 
         def set_to(budget: int) -> None:
-            patch.setattr(plans, "_PLANS", weakref.WeakKeyDictionary())
+            patch.setattr(plans, "_PLANS", Remembered())
             patch.setattr(sizing, "BUDGET", budget)
             patch.setattr(sizing, "LARGEST", budget)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import partial
 from typing import Any
 
@@ -12,17 +11,14 @@ from nngeo.generators.accounting import Accounting
 from nngeo.generators.batches import Batch, Function
 from nngeo.generators.independence import attempt, check_alone, run
 from nngeo.generators.recording import Forward, Plan, Recording
+from nngeo.generators.remembered import Remembered
 from nngeo.generators.routing import check_rows
-from nngeo.generators.signature import code_of, signature
 from nngeo.generators.untouched import Snapshot
 from nngeo.generators.watch import LayoutChanged
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.turn import TURN
 
-# Structures of a model, and functions of a structure, whose plans are remembered.
-MOST = 64
-
-_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Plan]]] = weakref.WeakKeyDictionary()
+_PLANS: Remembered[Plan] = Remembered()
 
 
 class Planner:
@@ -36,7 +32,7 @@ class Planner:
     def __init__(self, model: nn.Module, function: Function | None, layers: LayerCollection, check: bool):
         self.model, self.function, self.layers, self.check = model, function, layers, check
         self._before = Snapshot(model)
-        self._known, self._function = self._place()
+        self._known = _PLANS.of(model, function, layers)
 
     @TURN
     def plan(self, batch: Batch) -> Plan:
@@ -46,7 +42,7 @@ class Planner:
             ValueError: the examples of a batch influence each other, or the model draws random numbers.
             NotImplementedError: gradients of a layer can't be computed; the layer is named.
         """
-        plan = self._known.get(key := (batch.kind, self._function))
+        plan = self._known.get(key := (batch.kind, self.check))
         if plan is None or plan.failed:
             plan = self._known[key] = self._account(batch)
         return plan
@@ -78,7 +74,7 @@ class Planner:
                 if plan.shapes == batch.shapes():
                     banned.add(change.host)
                 plan = self._account(batch, banned=banned)
-            self._known[batch.kind, self._function] = plan
+            self._known[batch.kind, self.check] = plan
 
     def _forward(self, plan: Plan, batch: Batch) -> Forward:
         return Forward.of(self.model, self.function, batch, plan.hosts(), plan.added(), self._before)
@@ -91,17 +87,3 @@ class Planner:
             return Accounting(self.model, self.function, self.layers, batch, **options).plan(self.check)
 
         return attempt(plan, self._run, batch)
-
-    def _place(self) -> tuple[dict[Any, Plan], Any]:
-        """The plans remembered for this structure, by kinds of batches and functions; and the function's key."""
-        try:
-            function = None if self.function is None else code_of(self.function)
-            hash(function)
-        except TypeError:
-            return {}, None
-        by_structure = _PLANS.setdefault(self.model, {})
-        known = by_structure.setdefault((self.check, signature(self.model, self.layers)), {})
-        for places in (by_structure, known):
-            if len(places) > MOST:
-                del places[next(iter(places))]  # the oldest
-        return known, function

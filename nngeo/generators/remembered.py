@@ -13,15 +13,24 @@ from nngeo.layers.collection import LayerCollection
 
 Found = TypeVar("Found")
 
-# Structures and functions remembered for one model.
+# Structures and functions remembered for one model, and keys of the caller for each: a number in them has many values.
 MOST = 64
+
+
+class Newest(dict[Any, Found]):
+    """The `MOST` newest entries."""
+
+    def __setitem__(self, key: Any, found: Found) -> None:
+        super().__setitem__(key, found)
+        if len(self) > MOST:
+            del self[next(iter(self))]
 
 
 class Remembered(Generic[Found]):
     """Things found by structure, layers and code of the function. They must not refer to the model."""
 
     def __init__(self) -> None:
-        self._found: weakref.WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Found]]] = weakref.WeakKeyDictionary()
+        self._found: weakref.WeakKeyDictionary[nn.Module, Newest[Newest[Found]]] = weakref.WeakKeyDictionary()
 
     def of(self, model: nn.Module, function: Function | None, layers: LayerCollection) -> dict[Any, Found]:
         """What is known, by whatever keys the caller uses; empty, and to be filled, at first."""
@@ -30,8 +39,7 @@ class Remembered(Generic[Found]):
             hash(key)
         except TypeError:  # what such a function refers to can't be compared: it is looked at every time
             return {}
-        known = self._found.setdefault(model, {})
-        found = known.setdefault(key, {})
-        if len(known) > MOST:
-            del known[next(iter(known))]  # the oldest
-        return found
+        known = self._found.setdefault(model, Newest())
+        if key not in known:
+            known[key] = Newest()
+        return known[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,7 @@ def minimal_residuals(
         max_iter: 10 P, at most 1000, if None.
         precondition: an approximation of the inverse of `product`, symmetric positive definite.
     """
-
-    def run(r: Tensor, target: Tensor, limit: int) -> tuple[Tensor, int, bool]:
-        return _run(product, precondition or torch.clone, r, target, limit)
-
+    run = partial(_run, product, precondition or torch.clone)
     return refined(run, product, b, x0=x0, rtol=rtol, atol=atol, max_iter=max_iter)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from nngeo.generators.batches import Batch
 from nngeo.generators.differentiable import Backward, Footprint, differentiable
 from nngeo.generators.independence import FirstExamples, check_alone, check_independence, run
 from nngeo.generators.outputs import check_mode
-from nngeo.generators.signature import code_of, plain, signature
+from nngeo.generators.remembered import Remembered
+from nngeo.generators.signature import plain
 from nngeo.layers.collection import LayerCollection
 from nngeo.layers.turn import TURN
 from nngeo.products.evaluation import Evaluation
@@ -32,10 +32,7 @@ class Facts:
     outputs: dict[tuple, Tensor] = field(default_factory=dict)  # of one example, without data, by shapes of the batch
 
 
-# Structures remembered for one model: an argument that is a number can have many values.
-MOST = 64
-
-_FACTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
+_FACTS: Remembered[Facts] = Remembered()
 
 
 @TURN
@@ -45,29 +42,21 @@ def facts_of(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> Fac
     Raises:
         ValueError: the examples of a batch influence each other, or the model draws random numbers.
     """
-    known, key = _place(evaluation, layers, wrt)
     model, function, batch = evaluation.model, evaluation.function, evaluation.batch
+    known, key = _FACTS.of(model, function, layers), (_kinds(batch), wrt)
     if key not in known:
         check_mode(model)
         with differentiable(model, layers):
             first = check_independence(model, function, FirstExamples.of(batch))
         known[key] = Facts(reads=first.reads)
-        if len(known) > MOST:
-            del known[next(iter(known))]  # the oldest
     if known[key].reads:
         with differentiable(model, layers):
             check_alone(model, function, batch, run(model, function, batch))
     return known[key]
 
 
-def _place(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> tuple[dict[Any, Facts], Any]:
-    leaves, structure = tree_flatten(evaluation.batch.content)
-    # What is no tensor may decide what is computed: it is known by its value.
-    kinds = tuple((leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), plain(leaf)) for leaf in leaves)
-    key = (signature(evaluation.model, layers), str(structure), kinds, wrt)
-    try:
-        function = code_of(evaluation.function)
-        hash(function)
-    except TypeError:  # such a function is looked at every time
-        return {}, key
-    return _FACTS.setdefault(evaluation.model, {}), (*key, function)
+def _kinds(batch: Batch) -> tuple:
+    """What there is in a batch: of tensors axes and dtypes; what is no tensor may decide what is computed."""
+    leaves, structure = tree_flatten(batch.content)
+    kinds = [(leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), plain(leaf)) for leaf in leaves]
+    return str(structure), *kinds
