@@ -69,7 +69,7 @@ def test_illegal_values_are_refused_and_leave_the_old_one(case):
 
 WRONG_TYPES = {
     "upgrad pref_vector": "pref_vector should be a tensor (m,), found str",
-    "upgrad projector": "projector should be a DualConeProjector, found str",
+    "upgrad projector": "projector` should be a DualConeProjector; got 'x'",
     "upgrad strict": "strict should be True or False, found 'x'",
     "constant weights": "weights should be a tensor (m,), found str",
     "graddrop f": "f should be a function, found str",
@@ -100,7 +100,7 @@ def test_counts_are_whole_numbers(case):
 
 @pytest.mark.parametrize("kind", ["WeightedAggregator", "GramianWeightedAggregator", "CRMOGM"])
 def test_only_a_weighting_weights(kind):
-    with pytest.raises(TypeError, match="weighting should be a Weighting, found int"):
+    with pytest.raises(TypeError, match="weighting` should be a Weighting; got 3"):
         getattr(a, kind)(3)
 
 
@@ -387,7 +387,7 @@ def test_a_class_where_an_object_belongs_is_named(case):
 @pytest.mark.parametrize("given", ["U", "G"])
 def test_projectors_take_tensors(given):
     arguments = {"U": torch.ones(2), "G": torch.eye(2), given: [[1.0]]}
-    with pytest.raises(TypeError, match=f"{given} should be a Tensor, found list"):
+    with pytest.raises(TypeError, match=f"`{given}` should be a Tensor; got a list"):
         a.PivotingProjector()(**arguments)
 
 

@@ -570,9 +570,9 @@ ERRORS: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = 
     "chunk of 0": (
         lambda m: autojac.backward(W.sum(), parallel_chunk_size=0),
         ValueError,
-        "parallel_chunk_size should",
+        "parallel_chunk_size` should",
     ),
-    "jac chunk": (lambda m: autojac.jac(W.sum(), W, parallel_chunk_size=-1), ValueError, "parallel_chunk_size should"),
+    "jac chunk": (lambda m: autojac.jac(W.sum(), W, parallel_chunk_size=-1), ValueError, "parallel_chunk_size` should"),
     "model": (lambda m: autojac.jac(outputs_of(m), m), TypeError, r"inputs should be tensors.*model.parameters\(\)"),
     "used up": (lambda m: autojac.jac(outputs_of(m), iter(())), ValueError, "inputs is empty.*used up"),
     "frozen": (lambda m: autojac.backward(W.sum(), inputs=[W, torch.ones(3)]), ValueError, r"inputs\[1\].*frozen"),
@@ -596,9 +596,9 @@ ERRORS: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = 
     "chunk of a fraction": (
         lambda m: autojac.backward(W.sum(), parallel_chunk_size=1.5),
         TypeError,
-        "parallel_chunk_size should be None .* found 1.5",
+        "parallel_chunk_size` should be a whole number; got 1.5",
     ),
-    "chunk of a word": (lambda m: autojac.backward(W.sum(), parallel_chunk_size="2"), TypeError, "found '2'"),
+    "chunk of a word": (lambda m: autojac.backward(W.sum(), parallel_chunk_size="2"), TypeError, "got '2'"),
     "a class": (lambda m: autojac.jac_to_grad(W, Mean), TypeError, r"aggregator is the class Mean; .*: Mean\(\)"),
     "a weighting": (
         lambda m: autojac.jac_to_grad(W, MeanWeighting()),

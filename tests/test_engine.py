@@ -349,7 +349,7 @@ def test_arguments_are_checked():
     engine, found = Engine(model, batch_dim=0), model(torch.randn(4, 3).double())
     with pytest.raises(TypeError, match="losses is a list"):
         engine.compute_gramian([found])
-    with pytest.raises(ValueError, match="block=0"):
+    with pytest.raises(ValueError, match="`block` should be at least 1; got 0"):
         engine.compute_gramian(found, block=0)
 
 

@@ -177,7 +177,7 @@ WRONG = {
     "a class": ({"weighting": MeanWeighting}, r"the class MeanWeighting; make one of it, MeanWeighting\(\)"),
     "a list": ({"weighting": [0.5, 0.5]}, "should be a weighting, such as UPGradWeighting.*found list"),
     "others that are numbers": ({"others": [1.0]}, r"others\[0\] should be a tensor, found float"),
-    "a block of a word": ({"block": "2"}, "block should be a number of rows, or None, found '2'"),
+    "a block of a word": ({"block": "2"}, "`block` should be a whole number; got '2'"),
 }
 
 

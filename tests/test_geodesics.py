@@ -337,7 +337,7 @@ def test_images_as_latent_points():
         ({"curve": CubicSpline.straight(torch.zeros(1, 2).double(), torch.ones(1, 2).double())}, "does not go from"),
         ({"optimizer": "newton"}, "l-bfgs"),
         ({"segments": 0}, "segments"),
-        ({"method": "arcs"}, "known are metric, chords"),
+        ({"method": "arcs"}, "known are 'metric', 'chords'"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -466,8 +466,8 @@ def test_float32_and_no_grad_are_served():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "fast"}, ValueError, "known are auto, forward, backward"),
-        ({"chunk": 0}, ValueError, "1 or more"),
+        ({"method": "fast"}, ValueError, "known are 'auto', 'forward', 'backward'"),
+        ({"chunk": 0}, ValueError, "at least 1"),
         ({"wrt": "weight"}, ValueError, "by the inputs"),
         ({"wrt": "latent"}, ValueError, "latent"),
         ({"metric": torch.eye(3, dtype=torch.float64)}, ValueError, "shape"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ ALONE = 8  # examples of each batch that are run alone, where Python reads value
 
 _DRAWS = random.Random(0)
 
-Found = TypeVar("Found")
 Look = Callable[[Batch], Tensor]  # the outputs (b, ...), with their graph
 
 
@@ -130,7 +129,8 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
     before = _random_states()
     try:
         find(model, lambda: outputs_of(batch, model, function), lambda: Snapshot(model).restored())
-        outputs = attempt(look or plain, plain, batch)
+        with explained(plain, batch):
+            outputs = (look or plain)(batch)
         draws = any(not torch.equal(s, t) for s, t in zip(before, _random_states(), strict=True))
         if draws and any(not torch.equal(outputs, plain(batch)) for _ in range(3)):
             raise ValueError(
@@ -144,15 +144,9 @@ def check_repeatable(model: nn.Module, function: Function | None, batch: Batch, 
     return outputs
 
 
-def attempt(look: Callable[[Batch], Found], plain: Look, batch: Batch) -> Found:
-    """What a look at a batch gives, with the errors of `told`."""
-    with told(plain, batch):
-        return look(batch)
-
-
 @contextmanager
-def told(plain: Look, batch: Batch) -> Iterator[None]:
-    """Tell an error of torch's (inputs of a wrong width) with the shapes of the batch, if zeros of them raise it, too.
+def explained(plain: Look, batch: Batch) -> Iterator[None]:
+    """Name the shapes of the batch in an error of torch's (inputs of a wrong width), if zeros of them raise it, too.
 
     Raises:
         ValueError: the model does not run on these inputs.
@@ -207,7 +201,8 @@ def _run_alone(
         return look(batch) if look else run(model, function, batch)
     except Exception as error:
         plain = partial(run, model, function)
-        attempt(plain, plain, whole)  # if this raises, too, the reason is not the number of examples
+        with explained(plain, whole):
+            plain(whole)  # if this raises, too, the reason is not the number of examples
         raise ValueError(
             f"The model runs on a batch of {whole.size} examples, but not on {batch.size} of them alone (normalization "
             "over the batch? a tensor of the batch that is as long as it, but not by example? one example without a "

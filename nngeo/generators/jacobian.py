@@ -225,7 +225,7 @@ class JacobianGenerator(Generator):
         return {name: total / n for name, total in sums.items()}, n
 
     def _cotangents_of(self, outputs: Tensor, group: list[Batch], estimator: Estimator) -> Cotangents:
-        """Those of several mini-batches as one."""
+        """Join the cotangents of several mini-batches."""
         sizes = [batch.size for batch in group]
         if outputs.ndim == 0 or len(outputs) != sum(sizes):
             check_outputs(outputs, Batch.joined(group), self.model, self.function)  # which raises

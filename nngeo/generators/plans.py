@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from nngeo.generators.accounting import Accounting
 from nngeo.generators.batches import Batch, Function
-from nngeo.generators.independence import attempt, check_alone, run
+from nngeo.generators.independence import check_alone, explained, run
 from nngeo.generators.recording import Forward, Plan, Recording
 from nngeo.generators.remembered import Remembered
 from nngeo.generators.routing import check_rows
@@ -58,7 +57,8 @@ class Planner:
         while True:
             try:
                 with TURN, plan.followed():
-                    forward = attempt(partial(self._forward, plan), self._run, batch)
+                    with explained(self._run, batch):
+                        forward = Forward.of(self.model, self.function, batch, plan.hosts(), plan.added(), self._before)
                     recording = Recording(self.model, self.function, self.layers, plan, forward)
                     if plan.reads:
                         check_alone(self.model, self.function, batch, recording.outputs, plan.apart)
@@ -76,14 +76,9 @@ class Planner:
                 plan = self._account(batch, banned=banned)
             self._known[batch.kind, self.check] = plan
 
-    def _forward(self, plan: Plan, batch: Batch) -> Forward:
-        return Forward.of(self.model, self.function, batch, plan.hosts(), plan.added(), self._before)
-
     def _run(self, batch: Batch) -> Tensor:
         return run(self.model, self.function, batch)
 
     def _account(self, batch: Batch, **options: Any) -> Plan:
-        def plan(batch: Batch) -> Plan:
+        with explained(self._run, batch):
             return Accounting(self.model, self.function, self.layers, batch, **options).plan(self.check)
-
-        return attempt(plan, self._run, batch)

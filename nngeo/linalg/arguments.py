@@ -123,7 +123,8 @@ def instance(name: str, value: Any, kind: Any, hint: str = "") -> Any:
         TypeError: it is none.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"`{name}` should be a {kind.__name__}{hint and f', {hint}'}; got {shown(value)}.")
+        made = f": make one of it, {value.__name__}()" if isinstance(value, type) and issubclass(value, kind) else ""
+        raise TypeError(f"`{name}` should be a {kind.__name__}{hint and f', {hint}'}; got {shown(value)}{made}.")
     return value
 
 

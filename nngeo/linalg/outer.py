@@ -169,7 +169,7 @@ class OuterProducts:
             if counted is not None:
                 a = torch.where(counted[examples, :, None], a, 0)
                 if sharing == "reduce":  # the mean over those that count, below
-                    a = a * (a.shape[2] / number(counted[examples]).to(a))[:, None, None]
+                    a = a * (a.shape[2] / how_many(counted[examples]).to(a))[:, None, None]
             a = a.permute(0, 3, 1, 2)
             x = a.flatten(2) if sharing == "expand" else a.mean(3)
             total = moment(x) if total is None else add_inner(total, x, x)
@@ -180,7 +180,7 @@ class OuterProducts:
         g = self.g.permute(0, 4, 1, 2, 3)
         counted = None if self.counted is None or sharing == "reduce" else self.counted()
         if counted is not None:
-            g = g / number(counted).to(g).sqrt()[:, None]
+            g = g / how_many(counted).to(g).sqrt()[:, None]
         x = g.sum(4).flatten(2) if sharing == "reduce" else g.flatten(2)
         if sharing == "expand" and g.shape[4] > 1 and counted is None:
             found = moment(x).div_(g.shape[4])
@@ -226,6 +226,6 @@ class OuterProducts:
         return OuterProducts(rotated, g, self.i)
 
 
-def number(counted: Tensor) -> Tensor:
+def how_many(counted: Tensor) -> Tensor:
     """(b,), how many of the positions (b, t) of each example count; 1 where none does."""
     return counted.sum(1).clamp(min=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nngeo.linalg.outer import Counted, OuterProducts, Sharing, number
+from nngeo.linalg.outer import Counted, OuterProducts, Sharing, how_many
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SelectedProducts:
         counted = None if self.counted is None else self.counted()
         if counted is None:
             return self.keep.to(self.g.dtype), self.index.shape[1]
-        return (self.keep & counted).to(self.g.dtype), number(counted)[:, None]
+        return (self.keep & counted).to(self.g.dtype), how_many(counted)[:, None]
 
     def input_moment(self, sharing: Sharing = "expand", into: Tensor | None = None) -> Tensor:
         """(1, i), the diagonal of the moment, which has no other entries; (1, i, i) for "reduce", where it has."""

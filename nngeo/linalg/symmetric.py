@@ -34,6 +34,11 @@ def reciprocal(values: Tensor, regul: float, what: str = "matrix") -> Tensor:
     return 1 / (values + regul)
 
 
+def rounding_of(norm: Tensor) -> float:
+    """What rounding may add to an eigenvalue of a matrix of this norm: damping up to that is drowned by it."""
+    return 10 * torch.finfo(norm.dtype).eps * float(norm.detach())
+
+
 def require_symmetric(matrices: Tensor, what: str) -> None:
     """Raise unless matrices (..., p, p) equal their transposes, up to half of the digits of the largest entry."""
     m = matrices.detach()
@@ -193,9 +198,8 @@ class SymmetricMatrix(FullPrecision):
         return solve(columns).mT.reshape(v.shape).to(v.dtype)
 
     def rounding(self) -> float:
-        """What rounding may add to an eigenvalue: damping up to that is drowned by it."""
-        eps = 10 * torch.finfo(self.tensor.dtype).eps
-        return self._cache.get("rounding", version(self.tensor), lambda: eps * float(length(self.tensor.detach())))
+        """See `rounding_of`."""
+        return self._cache.get("rounding", version(self.tensor), lambda: rounding_of(length(self.tensor)))
 
     def _factor(self, regul: float) -> Callable[[Tensor], Tensor]:
         solve = self._factored(regul)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nngeo import products
-from nngeo.generators.independence import told
+from nngeo.generators.independence import explained
 from nngeo.generators.outputs import check_outputs, outputs_of
-from nngeo.linalg.arguments import instance, shown, tensor
+from nngeo.linalg.arguments import choice, instance, tensor
 from nngeo.linalg.precision import full_precision
 from nngeo.nn.blocks import Blocks, branches, pulled_blocks
 from nngeo.nn.flags import is_weight
@@ -40,9 +40,9 @@ class LogLikelihood(ABC):
     def __init__(
         self, aggregate_batch: str | None = "return all", metric_shape: str = "diag", metric_backprop: str = "exact"
     ):
-        _check("aggregate_batch", aggregate_batch, _REDUCE)
-        _check("metric_shape", metric_shape, ("diag", "full"))
-        _check("metric_backprop", metric_backprop, _METHODS)
+        choice("aggregate_batch", aggregate_batch, _REDUCE)
+        choice("metric_shape", metric_shape, ("diag", "full"))
+        choice("metric_backprop", metric_backprop, _METHODS)
         if (metric_shape, metric_backprop) == ("full", "approx"):
             raise ValueError(
                 'metric_backprop="approx" keeps only diagonals between layers, so there is no metric_shape="full": use '
@@ -176,7 +176,7 @@ class LogBernoulli(LogLikelihood):
 def _outputs(model: nn.Module, x: Any) -> Tensor:
     """Without a graph, of a model that may differentiate inside."""
     evaluation = Evaluation.of(model, x, None)
-    with told(evaluation.run, evaluation.batch), torch.enable_grad():
+    with explained(evaluation.run, evaluation.batch), torch.enable_grad():
         found = outputs_of(evaluation.batch, model, evaluation.function).detach()
     check_outputs(found, evaluation.batch, model, evaluation.function)
     return found
@@ -189,8 +189,3 @@ def _nothing(model: nn.Module, wrt: str) -> bool:
 
 def _negative(blocks: Any) -> Any:
     return [_negative(block) for block in blocks] if isinstance(blocks, list) else -blocks
-
-
-def _check(name: str, value: Any, known: Any) -> None:
-    if not isinstance(value, str | None) or value not in known:
-        raise ValueError(f"`{name}` is {shown(value)}; known are {', '.join(map(repr, known))}.")

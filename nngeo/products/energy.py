@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
-from nngeo.linalg.arguments import flag, instance, shown
+from nngeo.linalg.arguments import choice, count, flag, instance
 from nngeo.linalg.precision import full_precision
 from nngeo.products.curves import Curve, DiscreteCurve
 from nngeo.products.metrics import Metric
@@ -86,9 +86,8 @@ def _squares(
     create_graph: bool,
 ) -> tuple[Tensor, Tensor]:
     """Squared speeds (b, times), and what each counts in an integral over [0, 1]."""
-    check_method(method)
-    if not isinstance(points, int) or isinstance(points, bool) or points < 1:
-        raise ValueError(f"`points` is {shown(points)}; it should be a number for each segment, 1 or more.")
+    choice("method", method, METHODS)
+    count("points", points)
     c = (
         DiscreteCurve.through(curve)
         if isinstance(curve, Tensor)
@@ -112,12 +111,6 @@ def _squares(
         speeds = at.push(c.derivative(t).reshape(1, at.domain.b, at.domain.d))
         squares = (speeds * m.apply(speeds, at.codomain)).sum(-1)[0].reshape(at_t.shape[:2])
     return squares, weights.to(squares)
-
-
-def check_method(method: Any) -> None:
-    """Raise unless it is one of those known."""
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"Unknown method {shown(method)}; known are {', '.join(METHODS)}.")
 
 
 def derivative_jumps(model: nn.Module, curve: Curve, points: int, function: Function | None) -> bool:

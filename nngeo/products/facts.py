@@ -37,7 +37,7 @@ _FACTS: Remembered[Facts] = Remembered()
 
 @TURN
 def facts_of(evaluation: Evaluation, layers: LayerCollection, wrt: tuple) -> Facts:
-    """Those of a model and of what it is differentiated by; the first time, its examples are looked at.
+    """The facts of a model and of what it is differentiated by; the first time, its examples are looked at.
 
     Raises:
         ValueError: the examples of a batch influence each other, or the model draws random numbers.

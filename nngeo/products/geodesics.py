@@ -12,12 +12,12 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
-from nngeo.linalg.arguments import count, instance, number
+from nngeo.linalg.arguments import choice, count, instance, number
 from nngeo.linalg.cg import ConvergenceWarning
 from nngeo.linalg.decompose import cholesky
 from nngeo.linalg.precision import full_precision
 from nngeo.products.curves import CubicSpline, Curve, DiscreteCurve, basis, check_ends
-from nngeo.products.energy import check_method, curve_energy, curve_length, derivative_jumps, quadrature
+from nngeo.products.energy import METHODS, curve_energy, curve_length, derivative_jumps, quadrature
 from nngeo.products.outputmetric import OutputMetric
 
 KINDS: dict[str, type[Curve]] = {"spline": CubicSpline, "discrete": DiscreteCurve}
@@ -91,7 +91,7 @@ def geodesics(
     count("max_evaluations", max_evaluations)
     first = _first(curve, start, end, segments)
     if method is not None:
-        check_method(method)
+        choice("method", method, METHODS)
     kinks = method is None and derivative_jumps(model, first, points, function)
     options: dict[str, Any] = {
         "metric": metric,

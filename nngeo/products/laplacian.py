@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
 from nngeo.generators.differentiable import differentiable
-from nngeo.generators.independence import FEW, told
+from nngeo.generators.independence import FEW, explained
 from nngeo.generators.outputs import check_outputs, outputs_of, random_like
 from nngeo.layers.collection import LayerCollection
-from nngeo.linalg.arguments import flag, shown
+from nngeo.linalg.arguments import choice, count, flag
 from nngeo.linalg.precision import full_precision
 from nngeo.products.evaluation import Evaluation, Place, Wrt, of_weights
 from nngeo.products.facts import facts_of
@@ -74,16 +74,15 @@ def forward_laplacian(
     >>> torch.allclose(found.laplacian, 2 * f.weight[0].trace())
     True
     """
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"Unknown method {shown(method)}; known are {', '.join(METHODS)}.")
+    choice("method", method, METHODS)
     flag("create_graph", create_graph)
-    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-        raise ValueError(f"`chunk` is {shown(chunk)}; it should be a number of columns, 1 or more.")
+    if chunk is not None:
+        count("chunk", chunk)
     evaluation = Evaluation.of(model, x, function)
     if of_weights(wrt):
         raise ValueError(f'wrt={wrt!r} has no forward Laplacian; it is by the inputs: "input", or names of arguments.')
     run = _Run(evaluation, evaluation.inputs(wrt), create_graph)
-    with told(evaluation.run, evaluation.batch), run.opened():
+    with explained(evaluation.run, evaluation.batch), run.opened():
         facts = facts_of(evaluation, LayerCollection(), tuple(run.places))
         v, signs = columns_of(metric, run.space)
         try:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from nngeo.generators.batches import Function
-from nngeo.generators.independence import told
-from nngeo.layers.collection import LayerCollection, checked_layers
+from nngeo.generators.independence import explained
+from nngeo.layers import collection
+from nngeo.layers.collection import LayerCollection
 from nngeo.layers.models import check_structure
 from nngeo.linalg.arguments import count, flag
 from nngeo.products.contexts import frozen, undisturbed
@@ -48,7 +49,8 @@ def differential(
     flag("create_graph", create_graph)
     evaluation = Evaluation.of(model, x, function, detached=not create_graph)
     held = BUDGET if budget is None else count("budget", budget)
-    with told(evaluation.run, evaluation.batch), _opened(evaluation, wrt, layer_collection, create_graph, held) as at:
+    opened = _opened(evaluation, wrt, layer_collection, create_graph, held)
+    with explained(evaluation.run, evaluation.batch), opened as at:
         yield at
 
 
@@ -80,9 +82,9 @@ def _opened(
 
 
 def layers_of(model: nn.Module, layer_collection: LayerCollection | None) -> LayerCollection:
-    """The layers asked for, by default all of the model that are trained."""
+    """The layers asked for, by default all of the model that are trained; at least one."""
     check_structure(model)
-    layers = LayerCollection.from_model(model) if layer_collection is None else checked_layers(layer_collection)
+    layers = collection.layers_of(model, layer_collection)
     if not len(layers):
         raise ValueError("`layer_collection` has no layers; make one by LayerCollection.from_model(model).")
     return layers

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.generators.batches import Function
-from nngeo.generators.independence import told
+from nngeo.generators.independence import explained
 from nngeo.generators.outputs import check_outputs
 from nngeo.generators.outputs import outputs_of as outputs_of_batch
 from nngeo.layers.collection import LayerCollection
@@ -28,7 +28,7 @@ def outputs_of(model: nn.Module, x: Any, function: Function | None, create_graph
     evaluation = Evaluation.of(model, x, function)
     facts_of(evaluation, LayerCollection(), ())
     # With gradients, whether they are asked for or not: the model may differentiate inside.
-    with told(evaluation.run, evaluation.batch), many_derivatives(model), torch.enable_grad():
+    with explained(evaluation.run, evaluation.batch), many_derivatives(model), torch.enable_grad():
         outputs = outputs_of_batch(evaluation.batch, model, evaluation.function)
         check_outputs(outputs.detach(), evaluation.batch, model, evaluation.function)
     return outputs if create_graph else outputs.detach()

@@ -18,7 +18,7 @@ from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.memory import require_memory
 from nngeo.linalg.precision import FullPrecision
 from nngeo.linalg.spectrum import Spectrum, logarithm, power
-from nngeo.linalg.symmetric import spectral_norm
+from nngeo.linalg.symmetric import rounding_of, spectral_norm
 from nngeo.representations.estimate import positive_count
 
 if TYPE_CHECKING:
@@ -170,9 +170,8 @@ class Block(FullPrecision, ABC):
         return spectral_norm(self.eigenvalues(), ord)
 
     def rounding(self) -> float:
-        """What rounding may add to an eigenvalue: damping up to that is drowned by it. 0 where entries are solved."""
-        norm = self.norm("fro").detach()
-        return 10 * torch.finfo(norm.dtype).eps * float(norm)
+        """See `rounding_of`; 0 where entries are solved."""
+        return rounding_of(self.norm("fro"))
 
     def to_torch(self) -> Tensor:
         """(p, p), a new tensor."""

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from nngeo.layers.fingerprint import raw_bytes
 from nngeo.representations.replacing import replacing
 
 KEY = "nngeo"
@@ -44,7 +45,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for x in tensors.values():
-            file.write(_bytes(x))
+            file.write(raw_bytes(x))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -99,9 +100,5 @@ def _checksum(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         x = tensors[key]
         found.update(json.dumps([key, str(x.dtype), list(x.shape)]).encode())
-        found.update(_bytes(x))
+        found.update(raw_bytes(x))
     return found.hexdigest()
-
-
-def _bytes(x: Tensor) -> memoryview:
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

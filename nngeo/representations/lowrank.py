@@ -14,7 +14,7 @@ from nngeo.linalg.decompose import svd
 from nngeo.linalg.length import length
 from nngeo.linalg.lowrank import LowRankPlusDiagonal
 from nngeo.linalg.spectrum import Spectrum, cleaned
-from nngeo.linalg.symmetric import spectral_norm
+from nngeo.linalg.symmetric import rounding_of, spectral_norm
 from nngeo.representations.base import PMat
 from nngeo.representations.damping import Damping
 from nngeo.representations.finite import require_finite
@@ -90,8 +90,7 @@ class PMatLowRank(PMat):
 
     def _resolution(self) -> float:
         cache = self.__dict__.setdefault("_cache", Cache())  # without the singular values, which "cg" does not need
-        size = cache.get("size", (id(self.data), *version(self.data)), lambda: float(self._norm("fro").detach()))
-        return 10 * torch.finfo(self.dtype).eps * size
+        return cache.get("rounding", (id(self.data), *version(self.data)), lambda: rounding_of(self._norm("fro")))
 
     def _diag(self) -> Tensor:
         return self.rows.square().sum(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nngeo.linalg.arguments import count, flag, random_source, shown, tensor
 from nngeo.linalg.lowrank import LowRankPlusDiagonal
 from nngeo.linalg.spectrum import Spectrum
-from nngeo.linalg.symmetric import spectral_norm
+from nngeo.linalg.symmetric import rounding_of, spectral_norm
 from nngeo.representations.base import PMat, entry
 from nngeo.representations.damping import Damping
 from nngeo.representations.dense import PMatDense
@@ -79,7 +79,7 @@ class PMatLowRankPlusDiag(PMat):
         return data.solve(v) if data.invertible else self._as_dense()._solve(v, regul)
 
     def _resolution(self) -> float:
-        return 10 * torch.finfo(self.dtype).eps * float(self._norm("fro").detach())
+        return rounding_of(self._norm("fro"))
 
     def _diag(self) -> Tensor:
         return self.data.diag()

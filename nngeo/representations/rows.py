@@ -16,6 +16,7 @@ from nngeo.linalg.length import length
 from nngeo.linalg.matrixfunction import matrix_function
 from nngeo.linalg.matrixview import MatrixView
 from nngeo.linalg.spectrum import Spectrum, cleaned, logarithm, power
+from nngeo.linalg.symmetric import rounding_of
 from nngeo.representations.block import Block
 
 
@@ -66,7 +67,7 @@ class RowsBlock(Block):
         return self._each_row(v, inverse)
 
     def rounding(self) -> float:
-        return 10 * torch.finfo(self.matrices.dtype).eps * float(length(self.matrices.detach()))
+        return rounding_of(length(self.matrices))
 
     def diag(self) -> Tensor:
         return self.view.to_flat(self.matrices.diagonal(dim1=-2, dim2=-1))

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from nngeo.generators import BatchRecord, Generator, LayerRecord
+from nngeo.generators.sources import full_precision
 from nngeo.layers import LayerCollection
 from nngeo.layers.rule import LinearMapRule, rule_for
 
@@ -72,11 +71,7 @@ class Capture:
             call = [args[0].detach()]
             self.calls[name].append(call)
 
-            def take(g: Tensor) -> None:
-                call.append(g.detach())
-
-            handle: RemovableHandle = output.register_hook(take)
-            del handle
+            output.register_hook(lambda g: call.append(g.detach()))
 
         return note
 
@@ -95,8 +90,7 @@ class Capture:
         if len(sizes) > 1:
             raise ValueError(f"The first axis of the layers' inputs is not that of the examples everywhere: {sizes}.")
         (b,) = sizes
-        like = next(self.layers.parameters(self.model)).detach()
-        like = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
+        like = full_precision(next(self.layers.parameters(self.model)).detach())
         records = {name: self._of(name, b, like, b if scale is None else scale) for name in self.layers}
         if not self._checked:
             self._check(records, before, b if scale is None else scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo.layers import LayerCollection
-from nngeo.layers.collection import checked_layers
+from nngeo.layers.collection import checked_layers, layers_of
 from nngeo.linalg.arguments import flag, instance
 from nngeo.linalg.precision import FullPrecision
 from nngeo.representations import PMat
@@ -71,7 +71,7 @@ class EWC(FullPrecision):
 
         Costs one estimate of the Fisher matrix.
         """
-        layers = LayerCollection.from_model(self.model) if self.layer_collection is None else self.layer_collection
+        layers = layers_of(self.model, self.layer_collection)
         F = fisher(self.model, loader, self.representation, layer_collection=layers, **self._options)
         self.quadratic.add(F, PVector.from_model(self.model, layers))
         return self

@@ -1,4 +1,4 @@
-"""What a tangent kernel foretells, and how kernels compare."""
+"""Predictions of a tangent kernel, and comparisons of kernels."""
 
 from __future__ import annotations
 

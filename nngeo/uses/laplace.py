@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nngeo.factories import Jacobian
 from nngeo.generators import Batch, Examples
 from nngeo.generators.batches import Function
-from nngeo.generators.independence import attempt, run
+from nngeo.generators.independence import explained, run
 from nngeo.layers import LayerCollection
 from nngeo.layers.replace import replaced
 from nngeo.linalg.arguments import callback, choice, count, flag, instance, number, random_source, shown
@@ -308,7 +308,8 @@ class Laplace(FullPrecision):
         def plain(batch: Batch) -> Tensor:
             return run(self.model, function, batch)
 
-        return attempt(plain, plain, batch).detach().to(self.F.dtype)
+        with explained(plain, batch):
+            return plain(batch).detach().to(self.F.dtype)
 
     def _pushed(self, x: Any, result: str) -> Tensor:
         return jmjTp(

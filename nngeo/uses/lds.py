@@ -1,4 +1,4 @@
-"""How well scores foretell what training on a part of the examples does (Park et al., 2023)."""
+"""How well scores predict the losses after training on a part of the examples (Park et al., 2023)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nngeo.linalg.precision import full_precision
 def lds(scores: Tensor, masks: Tensor, losses: Tensor) -> Tensor:
     """The linear datamodeling score, 0-d: the rank correlation of predicted and measured losses, the mean over queries.
 
-    Foretold is minus the sum of the scores of the examples that were trained on: a positive score says that the example
+    The prediction is minus the sum of the scores of the examples trained on: a positive score says that the example
     lowers the query's loss.
 
     Args:

@@ -33,7 +33,7 @@ class Likelihood(ABC):
         """The mean of the target over outputs of this mean and variance, in closed form."""
 
     def bridge(self, f: Tensor, covariance: Tensor) -> Tensor:
-        """That of a Dirichlet distribution, for f (b, k) and covariance (b, k, k)."""
+        """The mean of the target by a Dirichlet distribution, for outputs f (b, k) of covariance (b, k, k)."""
         raise ValueError(f'link="bridge" is for several classes, (b, k); outputs are {tuple(f.shape)} here.')
 
     def log_likelihood(self, fit: Tensor, count: int, noise: Tensor) -> Tensor:

@@ -193,14 +193,14 @@ class NaturalGradient(FullPrecision, torch.optim.Optimizer):
             change = served["lr"] ** 2 * float(-(g @ direction))
             direction = direction * min(1.0, (served["kl_clip"] / max(change, 1e-30)) ** 0.5)
         if self.exact or self.adapts:
-            move, foreseen = self._by_the_model(g, direction)
+            move, predicted = self._by_the_model(g, direction)
         else:
-            move, foreseen = self._with_momentum(direction), 0.0
+            move, predicted = self._with_momentum(direction), 0.0
         self._move(move)
         for group in rest:
             self._descend(group)
         if self.adapts and closure is not None:
-            self._adapt(float(loss), self._penalised(closure, by_closure), foreseen, move)
+            self._adapt(float(loss), self._penalised(closure, by_closure), predicted, move)
         return loss
 
     def _evaluated(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
@@ -255,10 +255,10 @@ class NaturalGradient(FullPrecision, torch.optim.Optimizer):
         curvature = rows @ (F.mv(rows.to(F.dtype)).to(rows) + damping * rows).mT
         slope = rows @ g
         coefficients = -group["lr"] * (pinv(curvature.double()) @ slope.double()).to(rows)
-        foreseen = slope @ coefficients + coefficients @ curvature @ coefficients / 2
+        predicted = slope @ coefficients + coefficients @ curvature @ coefficients / 2
         move = coefficients @ rows
         self._remember(move)
-        return move, float(foreseen)
+        return move, float(predicted)
 
     def _exact_matrix(self, batch: Any) -> PMat:
         """The exact Fisher matrix of a batch, by its products."""
@@ -269,12 +269,12 @@ class NaturalGradient(FullPrecision, torch.optim.Optimizer):
         self._source = F.generator
         return F
 
-    def _adapt(self, before: float, after: float, foreseen: float, move: Tensor) -> None:
-        """The damping, by how far the loss changed as foreseen; a step uphill is taken back (Martens & Grosse, 6.5)."""
+    def _adapt(self, before: float, after: float, predicted: float, move: Tensor) -> None:
+        """Set the damping by how far the loss changed as predicted; take back a step uphill (Martens & Grosse, 6.5)."""
         group = self.param_groups[0]
         w, c = PVector.from_model(self.model, self.layers).to_torch(), group["weight_decay"]
         penalty = c * float(w @ move - move @ move / 2)  # what the squared weights rose by
-        agreement = (after - before + penalty) / foreseen if foreseen < 0 else -1.0
+        agreement = (after - before + penalty) / predicted if predicted < 0 else -1.0
         factor = 0.5 if agreement > 0.75 else 2.0 if not agreement >= 0.25 else 1.0
         group["damping"] = min(max(group["damping"] * factor, SMALLEST), LARGEST)
         if not agreement >= 0:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nngeo.generators import Batch, Examples
+from nngeo.layers.fingerprint import fingerprint
+from nngeo.representations.files import read, write
 
 PART = 1024  # examples of a file, at least
 
@@ -37,10 +36,10 @@ class ScoreFiles:
         path = self.directory / "solutions.safetensors"
         if not path.exists():
             found = solve()
-            _save({"solutions": found, "gradients": self.gradients, "settings": _bytes(self.settings)}, path)
+            write(path, {"solutions": found, "gradients": self.gradients, "settings": self.settings})
             return found
-        kept = load_file(path)
-        gradients, settings = kept["gradients"].to(self.gradients), bytes(kept["settings"].tolist()).decode()
+        kept = read(path)
+        gradients, settings = kept["gradients"].to(self.gradients), kept["settings"]
         same = gradients.shape == self.gradients.shape and torch.allclose(gradients, self.gradients, rtol=1e-3)
         if not same or settings != self.settings:
             raise ValueError(
@@ -56,14 +55,15 @@ class ScoreFiles:
             ValueError: a file is of other examples than the loader gives in its place.
         """
         for i, batches in enumerate(_parts(train)):
-            path, digest = self.directory / f"scores_{i:06d}.safetensors", _digest(batches)
+            path = self.directory / f"scores_{i:06d}.safetensors"
+            digest = fingerprint(("", x) for batch in batches for x in batch.tensors())
             if not path.exists():
                 found = torch.cat(list(score([batch.content for batch in batches])), 1)
-                _save({"scores": found, "digest": _bytes(digest)}, path)
+                write(path, {"scores": found, "digest": digest})
                 yield found
                 continue
-            kept = load_file(path)
-            if bytes(kept["digest"].tolist()).decode() != digest:
+            kept = read(path)
+            if kept["digest"] != digest:
                 raise ValueError(f"{path} is of other training examples: the loader should not shuffle.")
             yield kept["scores"].to(self.gradients)
 
@@ -77,23 +77,3 @@ def _parts(train: Examples) -> Iterator[list[Batch]]:
             part = []
     if part:
         yield part
-
-
-def _digest(batches: list[Batch]) -> str:
-    found = hashlib.sha256()
-    for batch in batches:
-        for tensor in batch.tensors():
-            found.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """As a whole or not at all."""
-    name = path.with_suffix(".part")
-    save_file({key: x.contiguous() for key, x in tensors.items()}, name)
-    os.replace(name, path)

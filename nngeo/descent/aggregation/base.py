@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nngeo.descent.aggregation.options import Delegated, check_finite, describe, instance
+from nngeo.descent.aggregation.options import Delegated, check_finite, describe
 from nngeo.descent.aggregation.stateful import Stateful, reset
+from nngeo.linalg.arguments import instance
 from nngeo.linalg.gramian import row_gramian
 from nngeo.linalg.precision import full_precision
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from nngeo.descent.aggregation.base import GramianWeighting
-from nngeo.descent.aggregation.options import Delegated, Option, instance, vector
+from nngeo.descent.aggregation.options import Delegated, Option, vector
 from nngeo.descent.aggregation.projectors import DualConeProjector, PivotingProjector
+from nngeo.linalg.arguments import instance
 
 
 def _projector(name: str, value: DualConeProjector | None) -> DualConeProjector:

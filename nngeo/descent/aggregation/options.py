@@ -59,18 +59,6 @@ def _shown(value: Any) -> str:
     return value.__name__ if inspect.isfunction(value) else repr(value)
 
 
-def instance(name: str, value: Any, kind: type) -> Any:
-    """The value, which has to be one of that kind."""
-    if isinstance(value, kind):
-        return value
-    article = "an" if kind.__name__[0] in "AEIOU" else "a"
-    if isinstance(value, type):
-        raise TypeError(
-            f"{name} should be {article} {kind.__name__}, found a class: make one of it, {value.__name__}()."
-        )
-    raise TypeError(f"{name} should be {article} {kind.__name__}, found {type(value).__name__}.")
-
-
 def short(vector: Tensor) -> str:
     """ "[1., 0.5]" for a vector, two digits after the point; its shape for another tensor."""
     if vector.dim() != 1:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nngeo.descent.aggregation.options import Option, check_finite, describe, instance, number
+from nngeo.descent.aggregation.options import Option, check_finite, describe, number
+from nngeo.linalg.arguments import instance
 from nngeo.linalg.dualcone import dual_cone_weights, semidefinite_dual_cone_weights
 from nngeo.linalg.precision import full_precision
 

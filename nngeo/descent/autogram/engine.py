@@ -23,6 +23,7 @@ from nngeo.layers.collection import LayerCollection
 from nngeo.layers.models import check_usable
 from nngeo.layers.turn import TURN
 from nngeo.linalg import precision
+from nngeo.linalg.arguments import count
 
 
 class Engine:
@@ -161,10 +162,8 @@ class Engine:
         self._handles += self._watcher.install(_hosts(self._model))
 
     def _rows(self, losses: Tensor, block: int | None) -> Rows:
-        if block is not None and (isinstance(block, bool) or not isinstance(block, int)):
-            raise TypeError(f"block should be a number of rows, or None, found {block!r}.")
-        if block is not None and block < 1:
-            raise ValueError(f"block={block}: at least one row has to be held at a time.")
+        if block is not None:
+            count("block", block)
         objectives = Objectives.of(losses, self.batch_dim)
         if not self._planner.is_current():
             self._install()  # a module was replaced: its next call will be noted

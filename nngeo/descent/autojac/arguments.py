@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nngeo.descent.aggregation.base import Weighting
 from nngeo.layers.models import check_no_shard
+from nngeo.linalg.arguments import count
 
 # What turns a Jacobian (m, n) into a vector (n,): an Aggregator, or any function.
 Aggregation = Callable[[Tensor], Tensor]
@@ -129,13 +130,7 @@ def gradients_of(
 
 def chunk_size(parallel_chunk_size: int | None) -> int | None:
     """The number of rows to differentiate together, None for all."""
-    whole = isinstance(parallel_chunk_size, int) and not isinstance(parallel_chunk_size, bool)
-    if parallel_chunk_size is not None and not (whole and parallel_chunk_size >= 1):
-        raise (ValueError if whole else TypeError)(
-            "parallel_chunk_size should be None (all rows together) or a number of rows from 1, "
-            f"found {parallel_chunk_size!r}."
-        )
-    return parallel_chunk_size
+    return None if parallel_chunk_size is None else count("parallel_chunk_size", parallel_chunk_size)
 
 
 def one_aggregator(A: Aggregation | None, aggregator: Aggregation | None) -> Aggregation | None:
