@@ -21,7 +21,7 @@ from nngeo.generators.outputs import is_finite
 from nngeo.generators.recording import Forward, Layouts, Plan, Pulled, Recording, Shared
 from nngeo.generators.sources import Chain, Source, candidates, uses_of
 from nngeo.generators.truth import Truth, has_zeros, perturbed
-from nngeo.generators.untouched import untouched
+from nngeo.generators.untouched import Snapshot, untouched
 from nngeo.generators.watch import Call, Layout, LayoutChanged
 from nngeo.layers.collection import LayerCollection
 
@@ -98,10 +98,11 @@ class Accounting:
         with untouched(self.model):
             for p in self.layers.parameters(self.model):
                 p.requires_grad_()
+            self._before = Snapshot(self.model)
             yield
 
     def _forward(self, batch: Batch, added: Collection[str] = ()) -> Forward:
-        return Forward.of(self.model, self.function, batch, self.names, added)
+        return Forward.of(self.model, self.function, batch, self.names, added, self._before)
 
     def _first_plan(self, layouts: Layouts) -> Plan:
         for name in self.layers:
@@ -121,7 +122,7 @@ class Accounting:
 
     def _settle_nearby(self, plan: Plan) -> list[tuple[Truth, set[str]]]:
         """What `_settle` finds at other parameters; nothing where the model can't be run there as it was before."""
-        few = self._forward(self.examples.few)
+        few = self._forward(self.examples.fewest)
         try:
             return [self._settle(plan, few)] if is_finite(few.outputs) else []
         except LayoutChanged:
@@ -238,7 +239,7 @@ class Trial:
             return found
         (recording, grads), shared = self._recorded(self.plan), Shared()
         records = (
-            (name, recording.record_of(name, grads, self.truth.cotangents, shared))
+            (name, recording.record_of(name, grads, self.truth.cotangents[1:], shared))
             for name in self.by.layers
             if name not in found
         )
@@ -273,11 +274,16 @@ class Trial:
             except RuntimeError:  # the backward pass can't be vectorised: cotangents are pulled one by one
                 self.plan.batched = plan.batched = False
                 self._grads = recording.pull(self.truth.cotangents, retain=True)
+            # Two, so that the pass is as vectorised as it will be; one tells all that there is to know.
+            self._grads = {
+                name: [[None if g is None else g[1:] for g in call] for call in calls]
+                for name, calls in self._grads.items()
+            }
         return recording, self._grads
 
     def _agrees(self, recording: Recording, name: str, grads: Pulled, shared: Shared) -> bool:
         try:
-            return self.truth.agrees(name, recording.record_of(name, grads, self.truth.cotangents, shared))
+            return self.truth.agrees(name, recording.record_of(name, grads, self.truth.cotangents[1:], shared))
         except Exception as error:  # whatever a module raises when it is run in a way it was not made for
             self.by.errors[name] = error
             self.by.reasons.setdefault(name, error)

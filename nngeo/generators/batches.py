@@ -165,6 +165,16 @@ class Batch:
         with torch.inference_mode(False):
             return Batch(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.content))
 
+    def equals(self, other: Batch) -> bool:
+        """Whether it holds the same as another one of its kind."""
+        pairs = zip(self.leaves, other.leaves, strict=False)
+        plain = all(x.layout == torch.strided for x in self.tensors())
+        return (
+            plain
+            and self.kind == other.kind
+            and all(torch.equal(x, y) if isinstance(x, Tensor) else x is y for x, y in pairs)
+        )
+
     def parts(self, most: int, apart: Sequence[bool] | None = None) -> list[Batch]:
         """Batches of at most so many of its examples, as equal in size as they can be; views of its tensors."""
         size, count = self.size, -(-self.size // most)

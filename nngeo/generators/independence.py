@@ -36,6 +36,7 @@ class FirstExamples:
     one: Batch
     few: Batch
     last: Batch
+    fewest: Batch  # of the few as many as there have to be
 
     @classmethod
     def of(cls, batch: Batch, front: Sequence[int] = ()) -> FirstExamples:
@@ -43,7 +44,7 @@ class FirstExamples:
         order = [*front, *(e for e in range(min(batch.size, FEW)) if e not in front)][:FEW]
         # More than there are cotangents: no axis is mistaken for another.
         few = torch.tensor((order * 3)[: max(3, len(order))], device="cpu")
-        return cls(batch, batch.examples(few[:1]), batch.examples(few), batch.examples(few[-1:]))
+        return cls(batch, *(batch.examples(index) for index in (few[:1], few, few[-1:], few[:3])))
 
 
 class FirstLook(NamedTuple):

@@ -32,6 +32,7 @@ class Planner:
         self.model, self.function, self.layers, self.check = model, function, layers, check
         self._before = Snapshot(model)
         self._known = _PLANS.of(model, function, layers)
+        self._kept: Recording | None = None
 
     @TURN
     def plan(self, batch: Batch) -> Plan:
@@ -53,6 +54,9 @@ class Planner:
         (as the experts of a mixture do), and its layers are served by a module around it. Layers that no example has
         reached so far are looked at anew when one does.
         """
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.batch.equals(batch):
+            return kept
         plan, banned = self.plan(batch), set[str]()
         while True:
             try:
@@ -75,6 +79,10 @@ class Planner:
                     banned.add(change.host)
                 plan = self._account(batch, banned=banned)
             self._known[batch.kind, self.check] = plan
+
+    def keep(self, recording: Recording) -> None:
+        """Give a recording, of which nothing has been pulled, once more if its batch is the next one."""
+        self._kept = recording
 
     def _run(self, batch: Batch) -> Tensor:
         return run(self.model, self.function, batch)

@@ -63,6 +63,7 @@ class OfRecords:
             recording = self.planner.record(few)
             count = self.estimator.count(recording.outputs.detach(), self.targets(few))
             known[key] = load(recording) * count / few.size
+            self.planner.keep(recording)
         return known[key]
 
     def apart(self, batch: Batch) -> Sequence[bool]:

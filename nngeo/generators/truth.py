@@ -21,8 +21,8 @@ class Truth:
     """Outputs of b examples, random cotangents (2, b, ...) there, and gradients (p,) by the layers.
 
     They are those of the first row of cotangents, summed over examples. The second row is the first times a factor for
-    each example, a power of two. Where the gradients of single examples get the same factors, each depends on its own
-    cotangent only; for random ones such gradients have the right sum only if each of them is right.
+    each example, a power of two. Gradients of single examples for the second row, each divided by its factor, have the
+    same sum: if each depends on its own cotangent only and is right; for random ones, only then.
     """
 
     outputs: Tensor
@@ -63,17 +63,15 @@ class Truth:
         return bool(self.gradients[name].norm() > 0) and self.agrees(name, record, rounding=0.0)
 
     def agrees(self, name: str, record: LayerRecord, rounding: float | None = None) -> bool:
-        """Whether a layer's gradients are these, up to rounding; the errors that are sought are of order one."""
+        """Whether a layer's gradients for the second row of cotangents are these, up to rounding.
+
+        The errors that are sought are of order one.
+        """
         own = self.gradients[name].to(record.like)
         rounding = self.rounding if rounding is None else rounding
         tolerance = min(10 * torch.finfo(self.outputs.dtype).eps ** 0.5, 0.1) * float(own.norm()) + rounding
-        factors = self.factors.to(record.like)
-        ones = torch.ones_like(factors)
-        total = torch.stack([ones, torch.zeros_like(ones)])
-        scaling = torch.stack([ones, -1 / factors])
-        errors = record.combined(torch.stack([total, scaling]))
-        errors[0] -= own
-        return bool((errors.norm(dim=1) <= tolerance).all())
+        (found,) = record.combined(1 / self.factors.to(record.like)[None, None])
+        return bool((found - own).norm() <= tolerance)
 
 
 def has_zeros(model: nn.Module) -> bool:
