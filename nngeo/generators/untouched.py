@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nngeo.layers.caches import ABSENT, INTERNAL, is_container, note_filled
+from nngeo.layers.caches import ABSENT, INTERNAL, containers, note_filled
 from nngeo.layers.strides import any_strides
 from nngeo.layers.turn import TURN
 
@@ -25,19 +25,18 @@ class Snapshot:
     def __init__(self, model: nn.Module):
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         # The attributes of scripted modules are not Python's; they have parameters and buffers.
-        own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        modules = list(model.modules())
+        own = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         places: list[tuple[nn.Module, dict[str, Any]]] = [(m, place) for m in own for place in (m._buffers, vars(m))]
         self._before = [
             (m, place, len(place), {k: v for k, v in place.items() if k not in _KEPT and isinstance(v, _STATE)})
             for m, place in places
         ]
-        self._containers = [
-            (m, name, value, value.copy()) for m in own for name, value in vars(m).items() if is_container(name, value)
-        ]
+        self._containers = [(m, name, value, value.copy()) for m in own for name, value in containers(m)]
         tensors = [x for *_, found in self._before for x in found.values() if isinstance(x, Tensor)]
-        tensors += [x for m in model.modules() if isinstance(m, torch.jit.ScriptModule) for x in m.buffers(False)]
+        tensors += [x for m in modules if isinstance(m, torch.jit.ScriptModule) for x in m.buffers(False)]
         self._copies = [(x, x.detach().clone()) for x in tensors]
-        self._model = model
+        self._modules = modules
         self._device = self._parameters[0][0].device.type if self._parameters else "cpu"
 
     @contextmanager
@@ -55,7 +54,7 @@ class Snapshot:
                     torch.inference_mode(False),
                     torch.autocast(self._device, enabled=False),
                     _eager(),
-                    any_strides(self._model),
+                    any_strides(self._modules),
                 ):
                     yield
             finally:

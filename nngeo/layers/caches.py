@@ -45,9 +45,10 @@ def filled_anew(model: nn.Module) -> Iterator[None]:
                 )
 
 
-def is_container(name: str, value: Any) -> bool:
-    """Whether an attribute is a dict or a list of the user's."""
-    return type(value) in (dict, list) and name not in INTERNAL
+def containers(module: nn.Module) -> list[tuple[str, Any]]:
+    """Names and values of attributes that are dicts and lists of the user's."""
+    own = vars(module)
+    return [(name, own[name]) for name in own.keys() - INTERNAL if type(own[name]) in (dict, list)]
 
 
 def note_filled(module: nn.Module, name: str, empty: Any, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,15 +12,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 
-def any_strides(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, norm layers over positions have the right gradients for any strides of inputs and gradients.
+def any_strides(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    """Inside, norm layers among the modules have the right gradients for any strides of inputs and gradients.
 
     Torch 2.13 on the CPU reads one of both as if it lay as the other where one lies like channels last, but for a
     stride of an axis of length one (`image.permute(2, 0, 1)[None]`, `outputs.squeeze(0)`): the gradients of batch norm
     of one example, and of instance norm, are wrong then.
     """
     flat = (nn.BatchNorm1d, nn.InstanceNorm1d)
-    found = any(isinstance(module, _NormBase) and not isinstance(module, flat) for module in model.modules())
+    found = any(isinstance(module, _NormBase) and not isinstance(module, flat) for module in modules)
     return _Laid() if found else nullcontext()
 
 

@@ -21,12 +21,12 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        on = [device for device in DEVICES if torch.is_autocast_enabled(device)]
-        if not on:
+        if not torch._C._is_any_autocast_enabled():
             return function(*args, **kwargs)
         with ExitStack() as stack:
-            for device in on:
-                stack.enter_context(torch.autocast(device, enabled=False))
+            for device in DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
     return guarded
