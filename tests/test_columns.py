@@ -13,7 +13,7 @@ import nngeo
 from nngeo import FIM, Jacobian, PMatDiag, PMatImplicit, PMatKFAC, PVector
 from nngeo.generators.columns import columns_pay
 from nngeo.layers.collection import LayerCollection
-from nngeo.variants import Exact, make_variant
+from nngeo.variants import Exact, MonteCarlo, make_variant
 from tests import reference
 
 MATRICES = [nngeo.PMatDense, nngeo.PMatDiag, nngeo.PMatBlockDiag, nngeo.PMatLowRank, nngeo.PMatImplicit]
@@ -56,6 +56,13 @@ def test_matrices_by_columns_are_those_of_the_definition(kind, variant, dtype):
         assert_close(F.mv(v).to_torch().double(), want @ v.to_torch().double(), **tolerance)
     if kind is nngeo.PMatBlockDiag:
         assert_close(F.to_torch().double(), reference.block_diagonal(want, reference.layer_slices(model)), **tolerance)
+
+
+def test_draws_go_row_by_row_for_each_column_would_make_them_anew():
+    model, x = filtered(2), images(5)
+    draws = MonteCarlo(make_variant("segmentation_logits"), 400)(model(x))
+    assert draws.count == 400
+    assert not columns_pay(LayerCollection.from_model(model), draws)
 
 
 def test_a_jacobian_by_columns_is_that_of_autograd():

@@ -21,8 +21,11 @@ FEWER = 4
 
 
 def columns_pay(layers: LayerCollection, cotangents: Cotangents) -> bool:
-    """Whether J e for each parameter costs less than a backward for each cotangent."""
-    return FEWER * layers.numel() <= cotangents.count
+    """Whether J e for each parameter costs less than a backward for each cotangent.
+
+    Only where products with all cotangents have a closed form: otherwise these would be made anew for each parameter.
+    """
+    return cotangents.products is not None and FEWER * layers.numel() <= cotangents.count
 
 
 def record_by_columns(whole: Linearizer, batch: Batch, c: Cotangents, like: Tensor) -> BatchRecord:

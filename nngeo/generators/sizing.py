@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from nngeo.generators.batches import Batch
 from nngeo.generators.independence import FEW
@@ -119,14 +120,16 @@ class Sizing:
 
 
 def joined(cotangents: list[Cotangents], sizes: list[int]) -> Cotangents:
-    """Those of several mini-batches, of these sizes, as one."""
+    """Join several mini-batches, of these sizes, into one."""
     if len(cotangents) == 1:
         return cotangents[0]
+
+    def products(v: Tensor) -> Tensor:
+        return torch.cat([c.contracted(part[None])[0] for c, part in zip(cotangents, v.split(sizes), strict=True)], 1)
+
     return Cotangents(
         cotangents[0].count,
         lambda start, stop: torch.cat([c.chunk(start, stop) for c in cotangents], 1),
         lambda v: torch.cat([c.metric(part) for c, part in zip(cotangents, v.split(sizes), strict=True)]),
-        lambda v: torch.cat(
-            [c.contracted(part[None])[0] for c, part in zip(cotangents, v.split(sizes), strict=True)], 1
-        ),
+        None if any(c.products is None for c in cotangents) else products,
     )

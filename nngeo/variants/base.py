@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nngeo.linalg.outer import BUDGET
+
 
 @dataclass(frozen=True)
 class Cotangents:
@@ -64,9 +66,13 @@ class Cotangents:
         """(m, k, b), the products of all cotangents with each of rows (m, b, *outputs)."""
         if self.products is not None:
             return torch.stack([self.products(row) for row in rows])
-        m, b = rows.shape[:2]
-        found = [(self.chunk(j, j + 1) * rows).reshape(m, b, -1).sum(-1) for j in range(self.count)]
-        return torch.stack(found, 1)
+        flat = rows.flatten(2) if rows.ndim > 2 else rows[..., None]
+        step = max(1, BUDGET // max(1, flat[0].numel()))
+        found = []
+        for start in range(0, self.count, step):
+            c = self.chunk(start, min(start + step, self.count)).to(flat.dtype)
+            found.append(torch.einsum("kbo,mbo->mkb", c.reshape(len(c), *flat.shape[1:]), flat))
+        return torch.cat(found, 1)
 
     def all(self) -> Tensor:
         """(k, b, *outputs), all at once."""
