@@ -40,9 +40,9 @@ def _instance_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _laid(norm: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The gradient that comes back through a flat view is contiguous, too."""
+    """The gradient that comes back through a flat view is contiguous, too; the copy is one that may be written to."""
     found = norm(input.contiguous(), *args, **kwargs)
-    return found.flatten().view(found.shape)
+    return found.flatten().view(found.shape).clone()
 
 
 LAID: dict[Any, Callable[..., Tensor]] = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
