@@ -68,7 +68,7 @@ def main(out: str = "influence.png") -> dict[str, float]:
     picture = pad(torch.cat(rows, 1).view(6, 8, 8, 8), (1, 1, 1, 1))
     figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
     ax.set(xticks=[5, 45], xticklabels=["query", "most helpful"], yticks=[])
-    ax.imshow(picture.transpose(1, 2).reshape(60, 80), cmap="gray_r")
+    ax.imshow(picture.transpose(1, 2).reshape(60, 80).numpy(), cmap="gray_r")
     figure.savefig(out)
     print(f"\nSix queries, each with the seven that help it most: {out}")
     return found
