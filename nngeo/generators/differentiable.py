@@ -89,7 +89,7 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
         # Where torch has no batching rule, the vectorised pass is a loop: as fast as one written here.
         warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
-        # Counting multiplications takes global hooks, of which it tells the owners of compiled models.
+        # Counting multiplications takes global hooks, of which torch warns where models are compiled.
         warnings.filterwarnings("ignore", message=".*global hooks on modules", category=UserWarning)
         yield
 

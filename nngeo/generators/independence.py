@@ -169,7 +169,7 @@ def _zeros(leaf: Any) -> Any:
 
 
 def _shapes(batch: Batch) -> str:
-    """Of its tensors, with b for the number of examples."""
+    """The shapes of its tensors, with b for the number of examples."""
     return "tensors " + ", ".join(f"({', '.join(['b', *map(str, shape)])})" for shape in batch.shapes())
 
 

@@ -33,7 +33,7 @@ class Truth:
 
     @classmethod
     def of(cls, model: nn.Module, layers: LayerCollection, outputs: Tensor) -> Truth:
-        """By a backward pass with gradients by weights."""
+        """Find the truth by one backward pass, with gradients with respect to the weights."""
         parameters, c = dict(layers.named_parameters(model)), random_like(outputs)
         found = dict(zip(parameters, _autograd(outputs, list(parameters.values()), c), strict=True))
         flat = {

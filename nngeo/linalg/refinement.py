@@ -50,8 +50,8 @@ def refined(
 
     Args:
         max_iter: of all runs together: 10 P, at most 1000, if None.
-        energy: whether `x'Ax/2 - b'x` tells what is nearer, as it does for a positive definite matrix: conjugate
-            gradients lower it in each step, in which the residual may grow.
+        energy: whether `x'Ax/2 - b'x` measures what is nearer, for a positive definite matrix: conjugate gradients
+            lower it in each step, in which the residual may grow.
     """
     limit = min(10 * b.shape[-1], 1000) if max_iter is None else max_iter
     # A right-hand side of zero has a tolerance of zero, too: only the start at zero reaches it.

@@ -138,7 +138,7 @@ class InputDifferential(Differential):
         return self.facts.work
 
     def _multiplications(self) -> float:
-        """Of a forward; of a model that differentiates inside, what it computes."""
+        """Multiplications of a forward; of a model that differentiates inside, the elements that it computes."""
         try:
             with quiet(), FlopCounterMode(display=False) as counter:
                 self._run(*self._leaves)

@@ -70,7 +70,7 @@ class EigenbasisPMat(FactoredPMat):
     def update_diag(self, examples: Any) -> None:
         """Set the scalings to the second moments of the gradients in the eigenbasis, which stays as it is.
 
-        An estimate does it by itself, from its own examples, unless it is told update_diag=False. After it, the trace
+        An estimate does it by itself, from its own examples, unless update_diag=False. After it, the trace
         is exact, and no other scalings come closer to the exact block (Frobenius norm). One sweep.
         """
         self.n_examples = self._second_pass(examples)

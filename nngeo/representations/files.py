@@ -95,7 +95,7 @@ def check_path(path: Any) -> None:
 
 
 def _checksum(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Of all that a file says, whatever the order in which it says it."""
+    """SHA-256 of all contents of a file, in any order."""
     found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for key in sorted(tensors):
         x = tensors[key]

@@ -76,7 +76,7 @@ class Capture:
         return note
 
     def record(self, scale: float | None, before: dict[str, bool]) -> BatchRecord:
-        """Of the pass just watched: one cotangent for each example, the gradient of its own loss.
+        """The record of the pass just watched: one cotangent for each example, the gradient of its own loss.
 
         Args:
             scale: what the loss was divided by; the number of examples if None.

@@ -38,7 +38,7 @@ class Dots:
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, batch: BatchRecord) -> Tensor:
-        """Those of one mini-batch, with one cotangent."""
+        """The inner products with the examples of one mini-batch, of one cotangent each."""
         found = {name: self._of(record) for name, record in batch.layers.items()}
         if self.by == "token":
             lengths = {name: x.shape[2] for name, x in found.items()}

@@ -173,12 +173,12 @@ class Laplace(FullPrecision):
         return (self.F + self.prior_precision / scale).inv() * float(1 / scale)
 
     def variance(self, x: Any) -> Tensor:
-        """Of each output, in their shape; of the function, without the noise. No Jacobian is formed."""
+        """The variance of each output, in their shape, without the noise of targets. No Jacobian is formed."""
         f = self._outputs(x)
         return self._pushed(x, "diag").reshape(f.shape)
 
     def covariance(self, x: Any) -> Tensor:
-        """Of all outputs of all examples jointly, (b, o, b, o), without the noise; the Jacobian (o, b, P) is formed."""
+        """The covariance (b, o, b, o) of all outputs of all examples, without the noise; forms the Jacobian (o, b, P)."""
         J = Jacobian(self.model, self._inputs(x), self.function, layer_collection=self.F.layer_collection)
         return self.covariance_of_weights().mapTMmap(J, "full").data.permute(1, 0, 3, 2)
 

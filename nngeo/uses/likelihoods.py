@@ -16,7 +16,7 @@ PROBIT = math.pi / 8
 
 
 class Likelihood(ABC):
-    """Of targets given outputs f (b, ...)."""
+    """A distribution of targets given outputs f (b, ...)."""
 
     noisy = False  # whether it has a noise, of which `fit` is divided
 

@@ -310,7 +310,7 @@ class NaturalGradient(FullPrecision, torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """That of a torch optimizer, and under "natural" the matrices and counters, as tensors only."""
+        """The state of a torch optimizer, and under "natural" the matrices and counters, as tensors only."""
         matrices = {name: F.state_dict() for name, F in (("F", self.F), ("near", self.near)) if F is not None}
         return super().state_dict() | {
             "natural": packed(calls=self.calls, updates=self.updates, steps=self.steps, **matrices)

@@ -32,7 +32,7 @@ class ScoreFiles:
         directory.mkdir(parents=True, exist_ok=True)
 
     def solutions(self, solve: Callable[[], Tensor]) -> Tensor:
-        """Those in the directory, or those that `solve` finds, which are saved there."""
+        """Read the solutions from the directory, or save there those that `solve` finds."""
         path = self.directory / "solutions.safetensors"
         if not path.exists():
             found = solve()

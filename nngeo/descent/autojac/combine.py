@@ -93,7 +93,7 @@ def as_of(tensor: Tensor, weights: Tensor) -> Tensor:
 
 
 def precision(tensor: Tensor) -> torch.dtype:
-    """That of the rows by a tensor: real, not less than float32."""
+    """The dtype of the rows by a tensor: real, not less than float32."""
     return torch.promote_types(tensor.dtype, torch.float32).to_real()
 
 
