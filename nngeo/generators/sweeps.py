@@ -69,7 +69,7 @@ class RandomNumbers:
         self._start = self._now = self._states()
 
     def begun(self) -> RandomNumbers:
-        """The numbers of one sweep, from the state in which this object was made; another thread may have its own sweep."""
+        """The numbers of one sweep, from the state in which this object was made; other threads may have their own."""
         sweep = copy.copy(self)
         sweep._now = self._start
         return sweep

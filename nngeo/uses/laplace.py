@@ -178,7 +178,7 @@ class Laplace(FullPrecision):
         return self._pushed(x, "diag").reshape(f.shape)
 
     def covariance(self, x: Any) -> Tensor:
-        """The covariance (b, o, b, o) of all outputs of all examples, without the noise; forms the Jacobian (o, b, P)."""
+        """The covariance (b, o, b, o) of all outputs of all examples, without noise; forms the Jacobian (o, b, P)."""
         J = Jacobian(self.model, self._inputs(x), self.function, layer_collection=self.F.layer_collection)
         return self.covariance_of_weights().mapTMmap(J, "full").data.permute(1, 0, 3, 2)
 
