@@ -143,9 +143,12 @@ def test_threads_share_a_matrix(make, model):
 
 
 def test_different_calls_may_meet(model):
-    """The first look at the model, products and kernels, each in a thread of its own."""
-    expected = {name: CALLS[name](model) for name in CALLS}
-    names = iter([*CALLS] * 2)
+    """The first look at the model, products and kernels, each in a thread of its own.
+
+    Without the engine, whose forward pass is the user's own, and may meet a model whose flags are changed.
+    """
+    expected = {name: call(model) for name, call in CALLS.items() if name != "engine"}
+    names = iter([*expected] * 2)
     lock = threading.Lock()
 
     def work() -> tuple[str, Any]:
@@ -153,7 +156,7 @@ def test_different_calls_may_meet(model):
             name = next(names)
         return name, CALLS[name](model)
 
-    assert_close(dict(together(work, len(CALLS))), expected)
+    assert_close(dict(together(work, len(expected))), expected)
 
 
 def test_two_models_may_meet():

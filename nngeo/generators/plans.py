@@ -57,6 +57,7 @@ class Planner:
         kept, self._kept = self._kept, None
         if kept is not None and kept.batch.equals(batch):
             return kept
+        del kept  # before another graph is recorded
         plan, banned = self.plan(batch), set[str]()
         while True:
             try:
