@@ -205,6 +205,9 @@ READS: dict[str, Callable[[Tensor], bool]] = {
     "rows": lambda s: len(torch.ones(1)[(s > 0).reshape(1)]) == 1,
     "size": lambda s: torch.zeros((s > 0).int()).numel() == 1,
     "equal": lambda s: torch.equal(s, s.abs()),
+    "format": lambda s: float(f"{s:.3f}") > 0,
+    "str": lambda s: "-" not in str(s),
+    "repr": lambda s: "-" not in repr(s),
 }
 SWEEPS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "Jacobian": lambda model, x: Jacobian(model, (x,)),

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 # What gives Python a number, numbers, or the memory.
 _VALUES = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__complex__", "__index__"}
 _VALUES |= {"__contains__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "equal", "allclose", "is_nonzero"}
+_VALUES |= {"__format__", "__repr__"}
 
 # Results whose shape depends on values.
 _LENGTHS = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
