@@ -175,3 +175,36 @@ def test_layers_of_another_shape_of_batch_are_looked_at_anew():
     assert_close(
         FIM(net, [(x,) for x in batches], PMatDense, variant="regression").get_diag(), expected.square().sum(0).mean(0)
     )
+
+
+class WrittenOutNorm(nn.LayerNorm):
+    """The definition, of which torch has every derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+
+
+class Force(nn.Module):
+    """The gradient of an energy, through a normalisation."""
+
+    def __init__(self, norm: type[nn.LayerNorm]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(3, 5), norm(5), nn.Linear(5, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            energy = self.last(self.norm(self.first(x)).tanh()).sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("kind", [nngeo.PMatDense, nngeo.PMatImplicit], ids=lambda kind: kind.__name__)
+def test_a_hessian_through_a_layer_norm_has_its_third_derivatives(kind):
+    x, y = torch.randn(2, 4, 3).double()
+    found, expected = (
+        nngeo.Hessian(Force(norm).double(), (x, y), kind, nn.functional.mse_loss)
+        for norm in (nn.LayerNorm, WrittenOutNorm)
+    )
+    assert_close(found.to_torch(), expected.to_torch(), rtol=1e-8, atol=1e-10)

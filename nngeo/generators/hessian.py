@@ -18,6 +18,7 @@ from nngeo.generators.record import BatchRecord
 from nngeo.generators.sweeps import Sweeps
 from nngeo.generators.unused import Unused
 from nngeo.layers.collection import LayerCollection
+from nngeo.layers.plainnorms import PlainNorms
 from nngeo.layers.turn import TURN
 from nngeo.linalg.arguments import callback, choice, flag
 
@@ -133,7 +134,7 @@ class HessianGraph:
 
     def __init__(self, generator: HessianGenerator, batch: Batch, layers: LayerCollection):
         self._by, self._batch, self._layers, self.size = generator, batch, layers, batch.size
-        with differentiable(generator.model, layers):
+        with differentiable(generator.model, layers), PlainNorms():  # the model may differentiate itself
             self._parameters = list(layers.parameters(generator.model))
             self._grads: list[Tensor | None] = [None] * len(self._parameters)
             loss = generator.loss_of(batch)

@@ -21,9 +21,9 @@ from nngeo.linalg.precision import full_precision
 from nngeo.products.evaluation import Evaluation, Place, Wrt, of_weights
 from nngeo.products.facts import facts_of
 from nngeo.products.graph import gradients
+from nngeo.products.manyderivatives import many_derivatives
 from nngeo.products.metrics import Dense
 from nngeo.products.operations import Untracked
-from nngeo.products.plainnorms import many_derivatives
 from nngeo.products.space import Space, inputs_space
 from nngeo.products.structured import as_metric
 from nngeo.products.tracking import Tracked, Tracker

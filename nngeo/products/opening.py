@@ -20,7 +20,7 @@ from nngeo.products.differential import BUDGET, Differential
 from nngeo.products.evaluation import Evaluation, Wrt, of_weights
 from nngeo.products.graph import InputGraph, WeightGraph
 from nngeo.products.inputs import InputDifferential
-from nngeo.products.plainnorms import many_derivatives
+from nngeo.products.manyderivatives import many_derivatives
 from nngeo.products.weights import WeightDifferential
 
 

@@ -14,8 +14,8 @@ from nngeo.generators.outputs import outputs_of as outputs_of_batch
 from nngeo.layers.collection import LayerCollection
 from nngeo.products.evaluation import Evaluation
 from nngeo.products.facts import facts_of
+from nngeo.products.manyderivatives import many_derivatives
 from nngeo.products.metrics import Metric
-from nngeo.products.plainnorms import many_derivatives
 from nngeo.products.space import Space
 from nngeo.products.structured import as_metric
 

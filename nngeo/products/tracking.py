@@ -13,8 +13,8 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nngeo.layers.replace import replaced
+from nngeo.layers.rewrites import REWRITES
 from nngeo.products.operations import Untracked, rule_of
-from nngeo.products.rewrites import REWRITES
 from nngeo.products.secondorder import Call
 
 aten = torch.ops.aten

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nngeo.generators.untouched import untouched
-from nngeo.layers.kernels import plain_kernels
-from nngeo.products import rewrites
-
-
-@contextmanager
-def many_derivatives(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is differentiable as often as one likes; it comes back as it was."""
-    with untouched(model), plain_kernels(model), PlainNorms(), warnings.catch_warnings():
-        # See nngeo.generators.differentiable.
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message=".*performance drop", category=UserWarning)
-        yield
+from nngeo.layers import rewrites
 
 
 class PlainNorms(TorchFunctionMode):
