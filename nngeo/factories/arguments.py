@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeo import representations
+from nngeo.generators.base import dtype_is_one
 from nngeo.layers import LayerCollection
 from nngeo.layers.collection import layers_of
 from nngeo.variants import Variant
@@ -28,6 +29,7 @@ def layers_for(model: nn.Module, loader: Any, layer_collection: LayerCollection 
     layers = layers_of(model, layer_collection)
     if not len(layers):
         raise ValueError("`layer_collection` has no layers; make one by LayerCollection.from_model(model).")
+    dtype_is_one(model, layers)
     return layers
 
 

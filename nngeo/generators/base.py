@@ -89,8 +89,15 @@ def device_of(model: nn.Module, device: torch.device | str | None) -> torch.devi
 
 
 def dtype_is_one(model: nn.Module, layers: LayerCollection) -> None:
-    """Raise if the layers' parameters have several dtypes."""
+    """Raise unless the layers' parameters are real numbers of one dtype."""
     dtypes = {p.dtype: name for name, p in layers.named_parameters(model)}
+    for dtype, name in dtypes.items():
+        if dtype.is_complex:
+            raise TypeError(
+                f"Parameter {name!r} has dtype {dtype}; derivatives are by real numbers. Keep its real and imaginary "
+                "part as a parameter (torch.view_as_real), and join them in the forward (torch.view_as_complex); or "
+                "leave its layer out of `layer_collection`."
+            )
     if len(dtypes) > 1:
         found = ", ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
         raise ValueError(f"The parameters have several dtypes ({found}); bring them to one by model.to(dtype).")
