@@ -126,7 +126,7 @@ SCRIPTED: dict[str, Callable[[nn.Module], Any]] = {
     "traced": lambda model: torch.jit.trace(model, X),
     "frozen": lambda model: torch.jit.freeze(scripted(model.eval())),
 }
-quiet = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+quiet = pytest.mark.filterwarnings("ignore:.*torch.jit")
 
 
 @quiet
